@@ -1,1 +1,49 @@
-"""Tiered checkpointing for LangGraph."""
+"""Tiered checkpointing for LangGraph: Redis answers, PostgreSQL keeps every version.
+
+from langgraph_tiered_saver import TieredSaver
+
+with TieredSaver.from_conn_string(redis_url, postgres_url) as saver:
+    graph = builder.compile(checkpointer=saver)
+"""
+
+from langgraph_tiered_saver.cold.threads import ThreadSummary
+from langgraph_tiered_saver.config import TieredConfig
+from langgraph_tiered_saver.errors import (
+    BacklogFullError,
+    ColdTierRejectedError,
+    ColdTierUnavailableError,
+    ConfigurationError,
+    EmbeddedServerError,
+    FlushTimeoutError,
+    HotTierRejectedError,
+    HotTierUnavailableError,
+    InvalidInputError,
+    SaverClosedError,
+    SerializationError,
+    ThreadQuarantinedError,
+    TieredSaverError,
+    TierUnavailableError,
+)
+from langgraph_tiered_saver.saver import TieredSaver
+from langgraph_tiered_saver.stats import TieredStats
+
+__all__ = [
+    "BacklogFullError",
+    "ColdTierRejectedError",
+    "ColdTierUnavailableError",
+    "ConfigurationError",
+    "EmbeddedServerError",
+    "FlushTimeoutError",
+    "HotTierRejectedError",
+    "HotTierUnavailableError",
+    "InvalidInputError",
+    "SaverClosedError",
+    "SerializationError",
+    "ThreadQuarantinedError",
+    "ThreadSummary",
+    "TierUnavailableError",
+    "TieredConfig",
+    "TieredSaver",
+    "TieredSaverError",
+    "TieredStats",
+]

@@ -45,6 +45,10 @@ class HotTierUnavailableError(TierUnavailableError):
     """
 
 
+class HotTierRejectedError(TieredSaverError):
+    """Redis refused a command for a reason that trying again will not change (rights, size, a foreign key)."""
+
+
 class ColdTierUnavailableError(TierUnavailableError):
     """PostgreSQL could not be reached or did not answer in time.
 

@@ -1,0 +1,204 @@
+"""Connections of the cold tier, and what PostgreSQL's errors mean."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
+
+import psycopg
+from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict
+from psycopg.rows import DictRow, dict_row
+from psycopg_pool import ConnectionPool, PoolTimeout
+
+from langgraph_tiered_saver.config import TieredConfig
+from langgraph_tiered_saver.errors import (
+    ColdTierRejectedError,
+    ColdTierUnavailableError,
+    ConfigurationError,
+    TieredSaverError,
+)
+from langgraph_tiered_saver.redaction import redact
+
+T = TypeVar("T")
+Connection = psycopg.Connection[DictRow]
+Pool = ConnectionPool[Connection]
+
+# SQLSTATE classes and codes of refusals that pass by themselves or by an operator's hand.
+_PASSING_CLASSES = ("08", "40", "53", "57", "58")
+_PASSING_CODES = ("25006", "55P03", "25P03")
+# Data that PostgreSQL will never take: the record is at fault, not the server.
+_POISON_CLASSES = ("21", "22", "23", "54")
+
+
+def connection_options(config: TieredConfig) -> dict[str, Any]:
+    """Give the arguments that our own connections are made with."""
+    return {
+        "autocommit": True,
+        "row_factory": dict_row,
+        "prepare_threshold": 0,
+        "connect_timeout": max(2, math.ceil(config.postgres_timeout)),
+        "application_name": "langgraph_tiered_saver",
+        "keepalives_idle": 30,
+    }
+
+
+def check_url(url: str) -> None:
+    """Check a connection string without connecting.
+
+    Raises:
+        ConfigurationError: libpq cannot read it. Its password is not repeated.
+    """
+    if not isinstance(url, str) or not url.strip():
+        raise ConfigurationError("The PostgreSQL URL is empty. Pass postgresql://user:password@host:port/database.")
+    try:
+        conninfo_to_dict(url)
+    except psycopg.Error as error:
+        reason = redact(str(error), secrets_in=url).strip()
+        raise ConfigurationError(
+            f"The PostgreSQL URL {redact(url)!r} cannot be read ({reason}). "
+            "Pass postgresql://user:password@host:port/database."
+        ) from None
+
+
+def make_pool(url: str, config: TieredConfig, options: dict[str, Any] | None = None) -> Pool:
+    """Make a pool, without connecting.
+
+    Args:
+        url: Connection string.
+        config: Pool size, time-outs and schema.
+        options: Connection arguments; ours if None.
+    """
+
+    def configure(connection: Connection) -> None:
+        set_search_path(connection, config.postgres_schema)
+
+    return cast(
+        "Pool",
+        ConnectionPool(
+            url,
+            kwargs=connection_options(config) if options is None else options,
+            min_size=1,
+            max_size=config.postgres_pool_size,
+            timeout=config.postgres_timeout,
+            configure=configure if config.postgres_schema else None,
+            open=False,
+            name="langgraph_tiered_saver",
+        ),
+    )
+
+
+def set_search_path(connection: Connection, schema: str | None) -> None:
+    """Let unqualified names mean the tables of a schema; the library's statements are unqualified."""
+    if schema is not None:
+        path = sql.Identifier(schema).as_string(connection)
+        connection.execute("SELECT set_config('search_path', %s, false)", (path,))
+        if not connection.autocommit:
+            connection.commit()
+
+
+class ColdPool:
+    """Lends connections, each in autocommit mode and with the right `search_path`.
+
+    psycopg_pool replaces connections that broke; a call that met a broken one is made once more, which is harmless
+    because everything the cold tier does is idempotent.
+    """
+
+    def __init__(self, pool: Pool, config: TieredConfig, *, ours: bool) -> None:
+        self._pool = pool
+        self._config = config
+        self._ours = ours
+        self._opened = False
+
+    def run(self, work: Callable[[Connection], T]) -> T:
+        """Run a function on a connection.
+
+        Raises:
+            ColdTierUnavailableError: PostgreSQL cannot be reached, or the pool had no connection in time.
+            ColdTierRejectedError: PostgreSQL refused a statement for good.
+        """
+        try:
+            try:
+                with self.connection() as connection:
+                    return work(connection)
+            except (psycopg.OperationalError, psycopg.InterfaceError) as error:
+                if isinstance(error, PoolTimeout) or error.sqlstate is not None:
+                    raise
+                # The server went away and came back: the pool's other idle connections are as dead as this one.
+                self._pool.check()
+                with self.connection() as connection:
+                    return work(connection)
+        except psycopg.Error as error:
+            raise self.translate(error) from error
+
+    @contextmanager
+    def connection(self) -> Iterator[Connection]:
+        """Borrow a connection; psycopg's own errors come through."""
+        if not self._opened:
+            self._open()
+        with self._pool.connection(timeout=self._config.postgres_timeout) as connection:
+            if self._ours:
+                yield connection
+                return
+            autocommit, rows = connection.autocommit, connection.row_factory
+            connection.autocommit, connection.row_factory = True, dict_row
+            try:
+                set_search_path(connection, self._config.postgres_schema)
+                yield connection
+            finally:
+                if not connection.closed:
+                    if self._config.postgres_schema:
+                        connection.execute("RESET search_path")
+                    connection.autocommit, connection.row_factory = autocommit, rows
+
+    def translate(self, error: psycopg.Error) -> TieredSaverError:
+        """Turn a psycopg error into ours."""
+        text = redact(str(error), secrets_in=self._pool.conninfo if isinstance(self._pool.conninfo, str) else "")
+        text = " ".join(text.split()) or type(error).__name__
+        if is_passing(error):
+            return ColdTierUnavailableError(
+                f"PostgreSQL is not available ({type(error).__name__}: {text}). Acknowledged records are safe in the "
+                "journal. Check the PostgreSQL URL, the password and that the server runs; the call can be repeated."
+            )
+        return ColdTierRejectedError(
+            f"PostgreSQL refused a statement ({type(error).__name__}: {text}). Acknowledged records are safe in the "
+            "journal. Check the tables (setup()) and the user's rights."
+        )
+
+    def close(self) -> None:
+        """Close the pool if it is ours."""
+        if self._ours and self._opened:
+            self._pool.close(timeout=self._config.close_timeout)
+
+    def _open(self) -> None:
+        if self._ours and self._pool.closed:
+            # The pool would only say that it had no connection in time; this says why, at once.
+            options = self._pool.kwargs
+            psycopg.connect(str(self._pool.conninfo), **(options if isinstance(options, dict) else {})).close()
+            self._pool.open()
+        self._opened = True
+
+
+def is_passing(error: psycopg.Error) -> bool:
+    """Whether trying again later can succeed."""
+    state = error.sqlstate
+    if state is None:
+        return isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError))
+    return state.startswith(_PASSING_CLASSES) or state in _PASSING_CODES
+
+
+def is_poison(error: psycopg.Error) -> bool:
+    """Whether the data is at fault, so that the same record will be refused for ever."""
+    if isinstance(error, psycopg.DataError) and error.sqlstate is None:
+        return True
+    return error.sqlstate is not None and error.sqlstate.startswith(_POISON_CLASSES)
+
+
+def is_missing_schema(error: psycopg.Error) -> bool:
+    """Whether tables or columns are missing, as after the database was created anew."""
+    return isinstance(
+        error,
+        (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn, psycopg.errors.InvalidSchemaName),
+    )

@@ -1,0 +1,97 @@
+"""The two ways to run an operation: with the synchronous clients, and with the running loop's asynchronous ones."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import time
+from typing import Any, TypeVar
+
+from langgraph_tiered_saver.errors import TieredSaverError
+from langgraph_tiered_saver.hot import tier
+from langgraph_tiered_saver.hot.tier import HotCall
+from langgraph_tiered_saver.operations import Blocking, Operation, ReadHash, Wait
+from langgraph_tiered_saver.runtime import Runtime
+
+T = TypeVar("T")
+
+
+def run(runtime: Runtime, operation: Operation[T]) -> T:
+    """Run an operation to its end; every error of the operation or of a tier comes through."""
+    try:
+        request = next(operation)
+        while True:
+            try:
+                reply = _perform(runtime, request)
+            except TieredSaverError as error:
+                request = operation.throw(error)
+            else:
+                request = operation.send(reply)
+    except StopIteration as stop:
+        result: T = stop.value
+        return result
+
+
+async def arun(runtime: Runtime, operation: Operation[T]) -> T:
+    """Run an operation to its end without blocking the event loop."""
+    try:
+        request = next(operation)
+        while True:
+            try:
+                reply = await _aperform(runtime, request)
+            except TieredSaverError as error:
+                request = operation.throw(error)
+            else:
+                request = operation.send(reply)
+    except StopIteration as stop:
+        result: T = stop.value
+        return result
+
+
+def _perform(runtime: Runtime, request: Any) -> Any:
+    kind = type(request)
+    if kind is HotCall:
+        return tier.run(runtime.client, request)
+    if kind is ReadHash:
+        return tier.read_hash(runtime.client, request.key)
+    if kind is Blocking:
+        return request.work()
+    if kind is Wait:
+        return _wait(request)
+    raise TypeError(f"not a request: {request!r}")
+
+
+async def _aperform(runtime: Runtime, request: Any) -> Any:
+    kind = type(request)
+    if kind is HotCall:
+        return await tier.arun(runtime.loops.current(), request)
+    if kind is ReadHash:
+        return await tier.aread_hash(runtime.loops.current(), request.key)
+    if kind is Blocking:
+        return await asyncio.get_running_loop().run_in_executor(runtime.executor, request.work)
+    if kind is Wait:
+        return await _await(request)
+    raise TypeError(f"not a request: {request!r}")
+
+
+def _wait(request: Wait) -> int:
+    deadline = None if request.timeout is None else time.monotonic() + request.timeout
+    for index, ticket in enumerate(request.tickets):
+        try:
+            ticket.result(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        except TieredSaverError:  # some of them are a TimeoutError too
+            raise
+        except concurrent.futures.TimeoutError:
+            return sum(not waiting.done() for waiting in request.tickets[index:])
+    return 0
+
+
+async def _await(request: Wait) -> int:
+    if not request.tickets:
+        return 0
+    done, pending = await asyncio.wait(map(asyncio.wrap_future, request.tickets), timeout=request.timeout)
+    # Each result is looked at, or asyncio would complain about errors nobody saw.
+    errors = [error for ticket in done if (error := ticket.exception()) is not None]
+    if errors:
+        raise errors[0]
+    return len(pending)

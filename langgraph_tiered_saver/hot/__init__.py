@@ -1,0 +1,1 @@
+"""The hot tier: Redis or Valkey."""

@@ -1,0 +1,83 @@
+"""Names of the Redis keys.
+
+Every key of a thread carries the same hash tag, `{prefix:shard}`, so that one script may touch a thread's keys
+and its shard's keys on a Cluster. The tag comes first and the prefix cannot contain braces, so braces in a
+thread id never become a tag.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ThreadKeys:
+    """The keys of one thread and of its shard."""
+
+    journal: bytes
+    namespaces: bytes
+    dirty: bytes
+    clock: bytes
+    tails: bytes
+    hot_stem: bytes
+
+    def hot(self, checkpoint_ns: str) -> bytes:
+        """Name the hash that holds the latest checkpoint of a namespace."""
+        return self.hot_stem + checkpoint_ns.encode()
+
+
+@dataclass(frozen=True)
+class Keyspace:
+    """Names all keys of one installation.
+
+    Attributes:
+        prefix: `TieredConfig.key_prefix`.
+        shards: How many hash tags there are, as recorded at the first setup.
+        generation: Hot hashes of another generation are never read.
+    """
+
+    prefix: str
+    shards: int
+    generation: int
+
+    def shard_of(self, thread_id: str) -> int:
+        """Give the shard of a thread; the same in every process and version."""
+        return zlib.crc32(thread_id.encode()) % self.shards
+
+    def tag(self, shard: int) -> bytes:
+        """Give the hash tag of a shard."""
+        return b"{%b:%d}" % (self.prefix.encode(), shard)
+
+    def dirty(self, shard: int) -> bytes:
+        """Name the sorted set of a shard's threads that have unflushed records."""
+        return self.tag(shard) + b":dirty"
+
+    def clock(self, shard: int) -> bytes:
+        """Name the key that holds a shard's last sequence number."""
+        return self.tag(shard) + b":clock"
+
+    def thread(self, thread_id: str) -> ThreadKeys:
+        """Name the keys of a thread."""
+        shard = self.shard_of(thread_id)
+        tag = self.tag(shard)
+        name = thread_id.encode()
+        return ThreadKeys(
+            tag + b":journal:" + name,
+            tag + b":namespaces:" + name,
+            tag + b":dirty",
+            tag + b":clock",
+            tag + b":tails",
+            # The length keeps "a:b" + "c" apart from "a" + "b:c".
+            b"%b:hot:%d:%d:%b:" % (tag, self.generation, len(name), name),
+        )
+
+
+def meta_key(prefix: str) -> bytes:
+    """Name the hash that records what the installation was set up with."""
+    return b"{%b}:meta" % prefix.encode()
+
+
+def sweep_key(prefix: str) -> bytes:
+    """Name the lease that lets one process at a time look for orphans."""
+    return b"{%b}:sweep" % prefix.encode()

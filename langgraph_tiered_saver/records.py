@@ -1,0 +1,159 @@
+"""The wire form of journal records.
+
+A record is one acknowledged operation. It is encoded once, as a flat run of byte strings with their lengths in
+front ("frames"), and these bytes are what the scripts receive, the journal stores and the flusher works on. Lua
+reads them with `struct`; MessagePack was the first choice, but the `cmsgpack` of Redis knows no byte strings.
+
+Values keep the serializer's output: `type`, a NUL, and the bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+CHECKPOINT = b"c"
+WRITES = b"w"
+MAINTENANCE = b"m"
+
+_LENGTH = struct.Struct(">I")
+
+TypedValue = tuple[str, bytes]
+
+
+@dataclass(frozen=True)
+class CheckpointRecord:
+    """One `put`: a checkpoint and the blobs of the channels it carries.
+
+    Attributes:
+        checkpoint_ns: Namespace; `""` is the root graph.
+        checkpoint_id: Its id; ids sort by time.
+        parent_id: The parent checkpoint's id, or `""`.
+        checkpoint: The checkpoint as JSON text, blob-stored channel values left out.
+        metadata: The metadata as JSON text.
+        blobs: `(channel, version, value)`; value as `pack_value` makes it.
+    """
+
+    checkpoint_ns: str
+    checkpoint_id: str
+    parent_id: str
+    checkpoint: bytes
+    metadata: bytes
+    blobs: Sequence[tuple[str, str, bytes]]
+
+
+@dataclass(frozen=True)
+class WritesRecord:
+    """One `put_writes` call.
+
+    Attributes:
+        checkpoint_ns: Namespace of the checkpoint the writes belong to.
+        checkpoint_id: Id of that checkpoint, which may not have arrived yet.
+        task_id: The task that wrote.
+        task_path: Where the task stands in its superstep; part of the sort key.
+        upsert: All channels are special ones (`WRITES_IDX_MAP`), so a later record replaces an earlier one.
+        writes: `(index, channel, value)`; value as `pack_value` makes it.
+    """
+
+    checkpoint_ns: str
+    checkpoint_id: str
+    task_id: str
+    task_path: str
+    upsert: bool
+    writes: Sequence[tuple[int, str, bytes]]
+
+
+@dataclass(frozen=True)
+class MaintenanceRecord:
+    """An operation that removes or copies rows of a thread, executed in the thread's journal order.
+
+    Attributes:
+        operation: `"delete_thread"`, `"delete_runs"`, `"prune"` or `"copy"`.
+        arguments: What the operation needs beside the thread (run ids, source thread, ...).
+    """
+
+    operation: str
+    arguments: dict[str, Any]
+
+
+Record = CheckpointRecord | WritesRecord | MaintenanceRecord
+
+
+def pack_value(typed: TypedValue) -> bytes:
+    """Join a serializer's `(type, bytes)` into one byte string."""
+    return b"%b\0%b" % (typed[0].encode(), typed[1])
+
+
+def unpack_value(value: bytes) -> TypedValue:
+    """Split what `pack_value` joined."""
+    type_, _, data = value.partition(b"\0")
+    return type_.decode(), data
+
+
+def frame(parts: Iterable[bytes]) -> bytes:
+    """Join byte strings so that `unframe`, here and in Lua, can tell them apart."""
+    out: list[bytes] = []
+    for part in parts:
+        out.append(_LENGTH.pack(len(part)))
+        out.append(part)
+    return b"".join(out)
+
+
+def unframe(payload: bytes) -> list[bytes]:
+    """Split what `frame` joined.
+
+    Raises:
+        ValueError: the bytes are not whole frames.
+    """
+    parts: list[bytes] = []
+    at, end = 0, len(payload)
+    while at < end:
+        if at + 4 > end:
+            raise ValueError("the bytes end within a frame's length")
+        start = at + 4
+        at = start + _LENGTH.unpack_from(payload, at)[0]
+        if at > end:
+            raise ValueError("the bytes end within a frame")
+        parts.append(payload[start:at])
+    return parts
+
+
+def encode(record: Record) -> bytes:
+    """Encode a record for the journal."""
+    if isinstance(record, CheckpointRecord):
+        parts = [CHECKPOINT, record.checkpoint_ns.encode(), record.checkpoint_id.encode(), record.parent_id.encode(),
+                 record.checkpoint, record.metadata]  # fmt: skip
+        for channel, version, value in record.blobs:
+            parts += (channel.encode(), version.encode(), value)
+    elif isinstance(record, WritesRecord):
+        parts = [WRITES, record.checkpoint_ns.encode(), record.checkpoint_id.encode(), record.task_id.encode(),
+                 record.task_path.encode(), b"1" if record.upsert else b"0"]  # fmt: skip
+        for index, channel, value in record.writes:
+            parts += (b"%d" % index, channel.encode(), value)
+    else:
+        parts = [MAINTENANCE, record.operation.encode(), json.dumps(record.arguments).encode()]
+    return frame(parts)
+
+
+def decode(payload: bytes) -> Record:
+    """Decode what `encode` made.
+
+    Raises:
+        ValueError: the bytes are not a record of this version.
+    """
+    parts = unframe(payload)
+    kind = parts[0] if parts else b""
+    if kind == CHECKPOINT and len(parts) >= 6 and len(parts) % 3 == 0:
+        ns, checkpoint_id, parent_id = (part.decode() for part in parts[1:4])
+        blobs = [(parts[i].decode(), parts[i + 1].decode(), parts[i + 2]) for i in range(6, len(parts), 3)]
+        return CheckpointRecord(ns, checkpoint_id, parent_id, parts[4], parts[5], blobs)
+    if kind == WRITES and len(parts) >= 6 and len(parts) % 3 == 0:
+        ns, checkpoint_id, task_id, task_path = (part.decode() for part in parts[1:5])
+        writes = [(int(parts[i]), parts[i + 1].decode(), parts[i + 2]) for i in range(6, len(parts), 3)]
+        return WritesRecord(ns, checkpoint_id, task_id, task_path, parts[5] == b"1", writes)
+    if kind == MAINTENANCE and len(parts) == 3:
+        return MaintenanceRecord(parts[1].decode(), json.loads(parts[2]))
+    raise ValueError(f"not a journal record this version knows (kind {kind!r:.20}, {len(parts)} parts)")

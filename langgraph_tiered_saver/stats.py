@@ -1,0 +1,73 @@
+"""What a saver counts about itself."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TieredStats:
+    """A look at one process's saver, as `TieredSaver.stats()` gives it. Counters start at 0 when it is made.
+
+    Attributes:
+        backlog_records: Records this process has acknowledged that PostgreSQL does not have yet.
+        backlog_bytes: Their size in bytes.
+        memory_bytes: How many of these bytes this process keeps; the rest is re-read from the journal.
+        flush_lag_seconds: Age of the oldest such record in seconds; 0 if there is none.
+        hot_hits: Reads of a latest checkpoint that the hot tier answered.
+        hot_misses: Reads of a latest checkpoint that it could not answer.
+        cold_reads: Reads answered by the cold tier, misses among them.
+        checkpoints: Checkpoints acknowledged.
+        writes: `put_writes` calls acknowledged.
+        flushed_records: Records of any process that this one wrote to PostgreSQL.
+        flushed_bytes: Their size in bytes.
+        flush_batches: Transactions these took.
+        adopted_records: Flushed records that another process had acknowledged.
+        lost_records: Records that neither the journal nor this process's memory nor PostgreSQL has.
+        flush_errors: Flushes that failed and were tried again.
+        hot_errors: Calls that Redis did not answer or refused.
+        cold_errors: Reads that PostgreSQL did not answer or refused.
+        quarantined_threads: Threads set aside because PostgreSQL refused a record for good.
+        flusher_healthy: Whether the flusher's last round succeeded; if not, it tries again by itself.
+        generation: The hot tier's generation; 0 before the first use.
+    """
+
+    backlog_records: int = 0
+    backlog_bytes: int = 0
+    memory_bytes: int = 0
+    flush_lag_seconds: float = 0.0
+    hot_hits: int = 0
+    hot_misses: int = 0
+    cold_reads: int = 0
+    checkpoints: int = 0
+    writes: int = 0
+    flushed_records: int = 0
+    flushed_bytes: int = 0
+    flush_batches: int = 0
+    adopted_records: int = 0
+    lost_records: int = 0
+    flush_errors: int = 0
+    hot_errors: int = 0
+    cold_errors: int = 0
+    quarantined_threads: tuple[str, ...] = ()
+    flusher_healthy: bool = True
+    generation: int = 0
+
+
+class Counters:
+    """Counters that any thread may raise."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._values: dict[str, int] = {}
+
+    def add(self, name: str, by: int = 1) -> None:
+        """Raise the counter of a `TieredStats` field."""
+        with self._lock:
+            self._values[name] = self._values.get(name, 0) + by
+
+    def values(self) -> dict[str, int]:
+        """Give all counters that were raised."""
+        with self._lock:
+            return dict(self._values)
