@@ -362,6 +362,7 @@ class Flusher:
                     work(connection)
         except (psycopg.OperationalError, psycopg.InterfaceError) as error:
             raise self._pool.translate(error) from error
+        self._counters.add("flush_batches")
 
     def _acknowledge(self, written: Sequence[tuple[_Work, list[tuple[int, Record]]]]) -> None:
         if not written:
@@ -377,8 +378,9 @@ class Flusher:
                 upto = max(upto, *work.missing)
             own = self._backlog.flushed(work.plan.thread_id, upto, last=last, more=work.more)
             if run:
-                self._counters.add("flush_batches")
+                sizes = dict(work.records)
                 self._counters.add("flushed_records", len(run))
+                self._counters.add("flushed_bytes", sum(len(sizes[sequence]) for sequence, _ in run))
                 self._counters.add("adopted_records", max(0, len(run) - own))
 
     def _account_for(self, work: _Work) -> None:

@@ -16,10 +16,9 @@ class ThreadKeys:
     """The keys of one thread and of its shard."""
 
     journal: bytes
-    namespaces: bytes
+    shard: bytes
     dirty: bytes
-    clock: bytes
-    tails: bytes
+    namespaces: bytes
     hot_stem: bytes
 
     def hot(self, checkpoint_ns: str) -> bytes:
@@ -53,9 +52,9 @@ class Keyspace:
         """Name the sorted set of a shard's threads that have unflushed records."""
         return self.tag(shard) + b":dirty"
 
-    def clock(self, shard: int) -> bytes:
-        """Name the key that holds a shard's last sequence number."""
-        return self.tag(shard) + b":clock"
+    def shard(self, shard: int) -> bytes:
+        """Name the hash that holds a shard's clock and the last sequence number of each journal."""
+        return self.tag(shard) + b":shard"
 
     def thread(self, thread_id: str) -> ThreadKeys:
         """Name the keys of a thread."""
@@ -64,10 +63,9 @@ class Keyspace:
         name = thread_id.encode()
         return ThreadKeys(
             tag + b":journal:" + name,
-            tag + b":namespaces:" + name,
+            tag + b":shard",
             tag + b":dirty",
-            tag + b":clock",
-            tag + b":tails",
+            tag + b":namespaces:" + name,
             # The length keeps "a:b" + "c" apart from "a" + "b:c".
             b"%b:hot:%d:%d:%b:" % (tag, self.generation, len(name), name),
         )

@@ -72,14 +72,7 @@ class HotCalls:
         unchanged = [part.encode() for pair in encoded.unchanged for part in pair]
         return HotCall(
             scripts.PUT,
-            (
-                keys.hot(position.checkpoint_ns),
-                keys.journal,
-                keys.namespaces,
-                keys.dirty,
-                keys.clock,
-                keys.tails,
-            ),
+            (keys.hot(position.checkpoint_ns), keys.journal, keys.shard, keys.dirty, keys.namespaces),
             (
                 position.thread_id.encode(),
                 check_size(payload),
@@ -95,7 +88,7 @@ class HotCalls:
         keys = self.keyspace.thread(thread_id)
         return HotCall(
             scripts.PUT_WRITES,
-            (keys.hot(checkpoint_ns), keys.journal, keys.namespaces, keys.dirty, keys.clock, keys.tails),
+            (keys.hot(checkpoint_ns), keys.journal, keys.shard, keys.dirty, keys.namespaces),
             (thread_id.encode(), check_size(payload), self._ttl),
         )
 
@@ -131,7 +124,7 @@ class HotCalls:
         keys = self.keyspace.thread(thread_id)
         return HotCall(
             scripts.MAINTAIN,
-            (keys.journal, keys.namespaces, keys.dirty, keys.clock, keys.tails),
+            (keys.journal, keys.shard, keys.dirty, keys.namespaces),
             (thread_id.encode(), check_size(payload), keys.hot_stem, "1" if supersedes else "0"),
         )
 
@@ -142,7 +135,7 @@ class HotCalls:
     def ack(self, thread_id: str, up_to: int) -> HotCall:
         """Trim a journal up to and including a sequence number."""
         keys = self.keyspace.thread(thread_id)
-        return HotCall(scripts.ACK, (keys.journal, keys.dirty, keys.tails), (thread_id.encode(), up_to + 1))
+        return HotCall(scripts.ACK, (keys.journal, keys.shard, keys.dirty), (thread_id.encode(), up_to + 1))
 
     def sweep(self, shard: int, grace: float, most_threads: int) -> HotCall:
         """Pick a shard's orphans; `grace` in seconds."""
@@ -327,7 +320,7 @@ def write_meta(client: SyncRedis, keyspace: Keyspace, values: Mapping[str, str],
     try:
         key = meta_key(keyspace.prefix)
         for shard in range(keyspace.shards):
-            run(client, HotCall(scripts.CLOCK, (keyspace.clock(shard),), (clock_floor,)))
+            run(client, HotCall(scripts.CLOCK, (keyspace.shard(shard),), (clock_floor,)))
         for name, value in values.items():
             client.hsetnx(key, name, value)
     except (redis.RedisError, OSError) as error:

@@ -1,33 +1,38 @@
 -- Shared by the scripts that append to a journal or read records; the loader puts it in front of them.
 
--- The next sequence number of the shard: a hybrid clock, microseconds of Redis' time unless that stands still or
--- went back. 2^53 microseconds end in the year 2255, so a double holds it exactly.
-local function tick(clock)
-  local time = redis.call('TIME')
-  local now = tonumber(time[1]) * 1000000 + tonumber(time[2])
-  local last = tonumber(redis.call('GET', clock) or '0')
-  if now <= last then now = last + 1 end
-  local text = string.format('%.0f', now)
-  redis.call('SET', clock, text)
-  return text
-end
-
 -- Append a record; the entry's id is its sequence number. Returns {sequence number, the previous record's}, the
 -- latter '0' if the journal was empty. A writer may flush from memory only while it knows every previous one.
-local function append(journal, dirty, clock, tails, thread, payload)
-  local sequence = tick(clock)
-  local previous = redis.call('XLEN', journal) > 0 and redis.call('HGET', tails, thread) or '0'
+--
+-- The shard's hash holds its clock and, for every thread with a journal, the journal's last sequence number. The
+-- clock is a hybrid one: microseconds of Redis' time, unless that stands still or went back. 2^53 microseconds end
+-- in the year 2255, so a double holds them exactly.
+local function append(journal, shard, dirty, thread, payload)
+  local time = redis.call('TIME')
+  local now = tonumber(time[1]) * 1000000 + tonumber(time[2])
+  local tail = 't:' .. thread
+  local known = redis.call('HMGET', shard, 'clock', tail)
+  local last = tonumber(known[1] or '0')
+  if now <= last then now = last + 1 end
+  local sequence = string.format('%.0f', now)
+  redis.call('HSET', shard, 'clock', sequence, tail, sequence)
   redis.call('XADD', journal, sequence .. '-0', 'r', payload)
-  redis.call('HSET', tails, thread, sequence)
-  redis.call('ZADD', dirty, 'NX', sequence, thread)
-  return {sequence, previous}
+  if not known[2] then redis.call('ZADD', dirty, 'NX', sequence, thread) end
+  return {sequence, known[2] or '0'}
 end
 
 -- Split a run of byte strings with their lengths in front.
 local function unframe(bytes)
-  local parts, at = {}, 1
-  while at <= #bytes do
-    parts[#parts + 1], at = struct.unpack('>I4c0', bytes, at)
+  local parts, count, at, length = {}, 0, 1, #bytes
+  while at <= length do
+    count = count + 1
+    parts[count], at = struct.unpack('>I4c0', bytes, at)
   end
   return parts
+end
+
+-- Call a command with more arguments than Lua's stack takes; pairs stay together.
+local function in_chunks(command, key, arguments)
+  for first = 1, #arguments, 1000 do
+    redis.call(command, key, unpack(arguments, first, math.min(first + 999, #arguments)))
+  end
 end

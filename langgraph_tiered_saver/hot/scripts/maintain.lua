@@ -1,10 +1,13 @@
 -- Acknowledge an operation that removes or copies rows: journal it, and drop the thread's hot state, so that the
 -- next checkpoint must carry every channel and cannot rely on a blob that the operation removes.
--- KEYS: journal, namespaces, dirty, clock, tails
+-- KEYS: journal, shard, dirty, namespaces
 -- ARGV: thread, record, stem of the thread's hot keys, '1' = the records before it need not be flushed
 -- Returns {sequence number, the previous record's}.
 -- The hot keys share the declared keys' hash tag.
-for _, ns in ipairs(redis.call('SMEMBERS', KEYS[2])) do redis.call('DEL', ARGV[3] .. ns) end
-redis.call('DEL', KEYS[2])
-if ARGV[4] == '1' then redis.call('DEL', KEYS[1]) end
-return append(KEYS[1], KEYS[3], KEYS[4], KEYS[5], ARGV[1], ARGV[2])
+for _, ns in ipairs(redis.call('SMEMBERS', KEYS[4])) do redis.call('DEL', ARGV[3] .. ns) end
+redis.call('DEL', KEYS[4])
+if ARGV[4] == '1' then
+  redis.call('DEL', KEYS[1])
+  redis.call('HDEL', KEYS[2], 't:' .. ARGV[1])
+end
+return append(KEYS[1], KEYS[2], KEYS[3], ARGV[1], ARGV[2])

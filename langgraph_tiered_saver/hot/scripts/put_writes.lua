@@ -1,5 +1,5 @@
 -- Acknowledge writes: append their record to the journal and, unless their checkpoint is an older one, keep them hot.
--- KEYS: hot hash, journal, namespaces, dirty, clock, tails
+-- KEYS: hot hash, journal, shard, dirty, namespaces
 -- ARGV: thread, record, ttl in ms ('0' = none)
 -- Returns {sequence number, the previous record's}.
 local hot = KEYS[1]
@@ -7,13 +7,13 @@ local record = unframe(ARGV[2])
 local id = record[3]
 local known = redis.call('HMGET', hot, 'id', 'u', 'l')
 local current = known[1]
-local reply = append(KEYS[2], KEYS[4], KEYS[5], KEYS[6], ARGV[1], ARGV[2])
+local reply = append(KEYS[2], KEYS[3], KEYS[4], ARGV[1], ARGV[2])
 if known[3] then redis.call('HDEL', hot, 'l') end
 if current and id < current then return reply end
 if not current then
   -- Earlier writes of the same checkpoint may have left the hot tier; whoever reads it must ask the cold one.
   if not known[2] or known[2] < id then redis.call('HSET', hot, 'u', id) end
-  redis.call('SADD', KEYS[3], record[2])
+  redis.call('SADD', KEYS[5], record[2])
 else
   local command = record[6] == '1' and 'HSET' or 'HSETNX'
   local stem = 'w:' .. id .. '\0' .. record[4] .. '\0'
