@@ -153,6 +153,15 @@ class Backlog:
                     self._queue(thread_id).adopt = True
             self._changed.notify_all()
 
+    def holds(self, thread_id: str) -> bool:
+        """Whether this process has records of a thread that PostgreSQL does not have."""
+        return thread_id in self._queues
+
+    def threads(self) -> list[str]:
+        """List the threads that this process has such records of."""
+        with self._changed:
+            return list(self._queues)
+
     def has_room(self) -> bool:
         """Whether the backlog is under its bounds."""
         return self._records < self._config.max_backlog_records and self._bytes < self._config.max_backlog_bytes

@@ -51,6 +51,9 @@ _INLINE_INTEGER_BITS = 13_000
 # `ensure_ascii=False` makes lone surrogates an encoding error instead of an escape that PostgreSQL refuses.
 _JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
+# A third of an 8 KB page less its header, less what alignment and the columns' own headers may take.
+_INDEX_ENTRY_BYTES = 2600
+
 _NUL_ESCAPE = b"\\u0000"
 
 
@@ -167,6 +170,20 @@ def text_of(value: object, what: str) -> str:
     return text
 
 
+def _check_index_entry(*names: str) -> None:
+    """Refuse names that together do not fit an entry of the tables' indexes (2,704 bytes), whatever they compress to.
+
+    Raises:
+        InvalidInputError: they do not fit.
+    """
+    if sum(map(len, names)) * 4 > _INDEX_ENTRY_BYTES and sum(len(n.encode()) for n in names) > _INDEX_ENTRY_BYTES:
+        raise InvalidInputError(
+            f"The names {' + '.join(f'{name!r:.40}' for name in names)} take more than {_INDEX_ENTRY_BYTES} bytes "
+            "together, which is what PostgreSQL can index. Use shorter ones (thread_id, checkpoint_ns, channel, ...); "
+            "nothing was written."
+        )
+
+
 def encode_checkpoint(
     serde: SerializerProtocol,
     config: RunnableConfig,
@@ -184,6 +201,7 @@ def encode_checkpoint(
     checkpoint_id = text_of(checkpoint["id"], "checkpoint id")
     if not checkpoint_id:
         raise InvalidInputError("put needs a checkpoint with an id; nothing was written.")
+    _check_index_entry(parent.thread_id, parent.checkpoint_ns, checkpoint_id)
     inline = not _encrypts(serde)
     values: Mapping[str, Any] = checkpoint["channel_values"]
     versions = checkpoint["channel_versions"]
@@ -201,6 +219,7 @@ def encode_checkpoint(
             continue
         if channel in new_versions:
             version = version_text(new_versions[channel])
+            _check_index_entry(parent.thread_id, parent.checkpoint_ns, channel, version)
             try:
                 typed = _dump(serde, channel, value)
             except SerializationError:
@@ -247,10 +266,11 @@ def encode_writes(
     position = position_of(config, what="put_writes")
     if not position.checkpoint_id:
         raise InvalidInputError("put_writes needs the checkpoint_id that the writes belong to; nothing was written.")
+    _check_index_entry(position.thread_id, position.checkpoint_ns, position.checkpoint_id, text_of(task_id, "task_id"))
     return position, WritesRecord(
         position.checkpoint_ns,
         position.checkpoint_id,
-        text_of(task_id, "task_id"),
+        str(task_id),
         text_of(task_path, "task_path"),
         all(channel in WRITES_IDX_MAP for channel, _ in writes),
         [
@@ -273,7 +293,7 @@ def decode_hot(
         None if the hash does not hold a complete checkpoint, so that the cold tier must be asked.
     """
     checkpoint_id = fields.get(b"id")
-    if checkpoint_id is None or fields.get(b"u") == checkpoint_id:
+    if checkpoint_id is None or fields.get(b"u", b"") >= checkpoint_id:
         return None
     checkpoint = json.loads(fields[b"c"])
     values = checkpoint.get("channel_values") or {}
@@ -283,7 +303,8 @@ def decode_hot(
         if fields.get(b"v:" + key) == version_text(version).encode():
             values[channel] = serde.loads_typed(unpack_value(fields[b"b:" + key]))
             found += 1
-    if found != int(fields[b"k"]):
+    # More than were counted is right too: a delta channel's last snapshot, which PostgresSaver's reader shows as well.
+    if found < int(fields[b"k"]):
         return None
     checkpoint["channel_values"] = values
     at = ThreadPosition(position.thread_id, position.checkpoint_ns, checkpoint_id.decode())
@@ -379,9 +400,10 @@ def _dump_json(serde: SerializerProtocol, value: object) -> TypedValue | None:
         text = json.dumps(value).encode()
     except (TypeError, ValueError):
         return None
-    if isinstance(serde, JsonPlusSerializer):
+    # A subclass may encrypt, or read JSON in a way of its own.
+    if type(serde) is JsonPlusSerializer:
         return "json", text
-    if isinstance(serde, EncryptedSerializer) and isinstance(serde.serde, JsonPlusSerializer):
+    if type(serde) is EncryptedSerializer and type(serde.serde) is JsonPlusSerializer:
         cipher_name, encrypted = serde.cipher.encrypt(text)
         return f"json+{cipher_name}", encrypted
     return None

@@ -361,6 +361,8 @@ class Flusher:
                 with self._pool.connection() as connection:
                     work(connection)
         except (psycopg.OperationalError, psycopg.InterfaceError) as error:
+            if is_poison(error):
+                raise
             raise self._pool.translate(error) from error
         self._counters.add("flush_batches")
 
@@ -406,7 +408,7 @@ class Flusher:
     def _quarantine(self, thread_id: str, sequence: int, error: Exception) -> None:
         reason = self._pool.translate(error) if isinstance(error, psycopg.Error) else error
         logger.error(
-            "Thread %r is quarantined: record %d cannot be written (%s). Its records stay in the journal; every "
+            "Thread %.80r is quarantined: record %d cannot be written (%s). Its records stay in the journal; every "
             "other thread goes on",
             thread_id,
             sequence,
@@ -415,7 +417,7 @@ class Flusher:
         self._backlog.quarantine(
             thread_id,
             ThreadQuarantinedError(
-                f"Thread {thread_id!r} is quarantined because PostgreSQL refused record {sequence}: {reason} "
+                f"Thread {thread_id!r:.80} is quarantined because PostgreSQL refused record {sequence}: {reason} "
                 "The thread's records are safe in the journal.",
                 thread_id=thread_id,
             ),

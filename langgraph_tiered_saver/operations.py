@@ -180,7 +180,7 @@ def _get_by_id(
         if hot is not None:
             runtime.counters.add("hot_hits")
             return hot
-    if journal_length:
+    if journal_length or runtime.backlog.holds(position.thread_id):
         yield from settle(runtime, [position.thread_id])
     cold = yield from _read_cold(runtime, serde, position)
     return cold.load(serde) if cold is not None else None
@@ -201,7 +201,7 @@ def _miss(
     """Settle the journal, read cold, and make hot what was read if nothing newer arrived meanwhile."""
     thread_id, ns = position.thread_id, position.checkpoint_ns
     token = secrets.token_hex(8)
-    if (yield runtime.calls.lease(thread_id, ns, token)):
+    if (yield runtime.calls.lease(thread_id, ns, token)) or runtime.backlog.holds(thread_id):
         yield from settle(runtime, [thread_id])
     cold = yield from _read_cold(runtime, serde, position)
     if cold is None:
@@ -286,7 +286,8 @@ def settle(runtime: Runtime, names: Sequence[str], *, look: bool = False) -> Ope
     if look:
         waiting = []
         for name in names:
-            if (yield from _journal_length(runtime, name)):
+            # A Redis that lost its journal must not hide what this process still holds.
+            if runtime.backlog.holds(name) or (yield from _journal_length(runtime, name)):
                 waiting.append(name)  # noqa: PERF401 - a comprehension cannot yield
         names = waiting
     if not names:
@@ -307,7 +308,7 @@ def _journal_length(runtime: Runtime, thread_id: str) -> Operation[int]:
 def settle_all(runtime: Runtime) -> Operation[None]:
     """See to it that PostgreSQL has everything that is journaled now, of all threads."""
     names: list[str] = yield Blocking(lambda: tier.dirty_threads(runtime.client, runtime.calls.keyspace))
-    yield from settle(runtime, names)
+    yield from settle(runtime, sorted({*names, *runtime.backlog.threads()}))
 
 
 def flush(runtime: Runtime, timeout: float | None) -> Operation[None]:

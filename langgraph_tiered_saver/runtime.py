@@ -15,9 +15,9 @@ import psycopg
 
 from langgraph_tiered_saver.backlog import Backlog
 from langgraph_tiered_saver.cold import schema
-from langgraph_tiered_saver.cold.pool import ColdPool, Connection, Pool, make_pool
+from langgraph_tiered_saver.cold.pool import ColdPool, Connection, Pool, is_missing_schema, leave_to_parent, make_pool
 from langgraph_tiered_saver.config import TieredConfig
-from langgraph_tiered_saver.errors import ConfigurationError, SaverClosedError
+from langgraph_tiered_saver.errors import ColdTierRejectedError, ConfigurationError, SaverClosedError, TieredSaverError
 from langgraph_tiered_saver.flusher import Flusher
 from langgraph_tiered_saver.hot import tier
 from langgraph_tiered_saver.hot.clients import AsyncRedis, LoopClients, SyncRedis
@@ -80,7 +80,7 @@ class Runtime:
         with self._setup_lock:
             if self.ready and not explicit:
                 return
-            tier.check_server(self.client, self.config)
+            evicts = tier.check_server(self.client, self.config)
             meta = tier.read_meta(self.client, self.config.key_prefix)
             if not meta or explicit:
                 if not (explicit or self.config.auto_setup):
@@ -103,7 +103,7 @@ class Runtime:
                 )
             if not self.ready:
                 keyspace = Keyspace(self.config.key_prefix, shards, int(meta["generation"]))
-                self.calls = tier.HotCalls(keyspace, self.config)
+                self.calls = tier.HotCalls(keyspace, self.config, evicts=evicts)
                 self.flusher = Flusher(
                     self.backlog,
                     self.client,
@@ -143,8 +143,14 @@ class Runtime:
         """
         self.counters.add("cold_reads")
         try:
-            return self.pool.run(work)
-        except Exception:
+            try:
+                return self.pool.run(work)
+            except ColdTierRejectedError as error:
+                if not (isinstance(error.__cause__, psycopg.Error) and is_missing_schema(error.__cause__)):
+                    raise
+                self._repair_schema()
+                return self.pool.run(work)
+        except TieredSaverError:
             self.counters.add("cold_errors")
             raise
 
@@ -252,6 +258,7 @@ _sources: weakref.WeakSet[RuntimeSource] = weakref.WeakSet()
 
 
 def _after_fork_in_child() -> None:
+    leave_to_parent()
     for source in list(_sources):
         source.after_fork()
 

@@ -53,7 +53,14 @@ class TieredSaver(BaseCheckpointSaver[str]):
 
     It opens lazily: making one connects to nothing. It can be used with `with`, with `async with`, or be closed by
     `close()` or `aclose()`.
+
+    Attributes:
+        config: Its settings.
+        servers: The embedded servers that `local` started, with their URLs; None otherwise.
     """
+
+    config: TieredConfig
+    servers: EmbeddedServers | None
 
     def __init__(
         self,
@@ -115,7 +122,7 @@ class TieredSaver(BaseCheckpointSaver[str]):
         super().__init__(serde=serde)
         self.config = config
         self._source = RuntimeSource(build)
-        self._servers: EmbeddedServers | None = None
+        self.servers = None
 
     @classmethod
     def from_conn_string(
@@ -200,7 +207,7 @@ class TieredSaver(BaseCheckpointSaver[str]):
         except BaseException:
             servers.close()
             raise
-        saver._servers = servers  # noqa: SLF001 - a saver being made
+        saver.servers = servers
         return saver
 
     # --- life cycle ----------------------------------------------------------------------------------------------
@@ -245,8 +252,8 @@ class TieredSaver(BaseCheckpointSaver[str]):
         runtime = self._source.close()
         if runtime is not None:
             runtime.close()
-        if self._servers is not None:
-            self._servers.close()
+        if self.servers is not None:
+            self.servers.close()
 
     async def aclose(self) -> None:
         """Do what `close` does, without blocking the event loop."""
@@ -255,8 +262,8 @@ class TieredSaver(BaseCheckpointSaver[str]):
         if runtime is not None:
             await runtime.close_async_client()
             await loop.run_in_executor(None, runtime.close)
-        if self._servers is not None:
-            await loop.run_in_executor(None, self._servers.close)
+        if self.servers is not None:
+            await loop.run_in_executor(None, self.servers.close)
 
     def __enter__(self) -> Self:
         return self

@@ -44,11 +44,15 @@ DELETE_NAMESPACES = (
     "DELETE FROM checkpoint_writes WHERE thread_id = %s AND checkpoint_ns = ANY(%s)",
 )
 
-FIND_RUNS = "SELECT DISTINCT thread_id FROM checkpoints WHERE metadata ->> 'run_id' = ANY(%s) AND metadata ? 'run_id'"
+# The condition names the digest that the index is on.
+_OF_RUNS = """metadata ? 'run_id' AND metadata ->> 'run_id' = ANY(%(runs)s)
+    AND md5(metadata ->> 'run_id') = ANY(ARRAY(SELECT md5(run) FROM unnest(%(runs)s::text[]) AS run))"""
 
-FIND_RUN_CHECKPOINTS = """
-SELECT checkpoint_ns, checkpoint_id FROM checkpoints
-WHERE thread_id = %s AND metadata ->> 'run_id' = ANY(%s) AND metadata ? 'run_id'"""
+FIND_RUNS = "SELECT DISTINCT thread_id FROM checkpoints WHERE " + _OF_RUNS
+
+FIND_RUN_CHECKPOINTS = (
+    "SELECT checkpoint_ns, checkpoint_id FROM checkpoints WHERE thread_id = %(thread)s AND " + _OF_RUNS
+)
 
 DELETE_CHECKPOINTS = """
 WITH deleted AS (
@@ -170,12 +174,12 @@ def execute(
 
 def threads_of_runs(connection: Connection, run_ids: Sequence[str]) -> list[str]:
     """Find the threads that hold checkpoints of some runs."""
-    return [row["thread_id"] for row in connection.execute(FIND_RUNS, (list(run_ids),))]
+    return [row["thread_id"] for row in connection.execute(FIND_RUNS.encode(), {"runs": list(run_ids)})]
 
 
 def _delete_runs(cursor: _Cursor, thread_id: str, run_ids: Sequence[str]) -> None:
     doomed: dict[str, list[str]] = {}
-    for row in cursor.execute(FIND_RUN_CHECKPOINTS, (thread_id, list(run_ids))).fetchall():
+    for row in cursor.execute(FIND_RUN_CHECKPOINTS.encode(), {"thread": thread_id, "runs": list(run_ids)}).fetchall():
         doomed.setdefault(row["checkpoint_ns"], []).append(row["checkpoint_id"])
     for ns, ids in doomed.items():
         _delete_checkpoints(cursor, thread_id, ns, ids)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
@@ -63,6 +65,10 @@ def check_url(url: str) -> None:
         ) from None
 
 
+# Our pools' open connections, for `leave_to_parent`.
+_connections: weakref.WeakSet[Connection] = weakref.WeakSet()
+
+
 def make_pool(url: str, config: TieredConfig, options: dict[str, Any] | None = None) -> Pool:
     """Make a pool, without connecting.
 
@@ -73,6 +79,7 @@ def make_pool(url: str, config: TieredConfig, options: dict[str, Any] | None = N
     """
 
     def configure(connection: Connection) -> None:
+        _connections.add(connection)
         set_search_path(connection, config.postgres_schema)
 
     return cast(
@@ -83,11 +90,25 @@ def make_pool(url: str, config: TieredConfig, options: dict[str, Any] | None = N
             min_size=1,
             max_size=config.postgres_pool_size,
             timeout=config.postgres_timeout,
-            configure=configure if config.postgres_schema else None,
+            configure=configure,
             open=False,
             name="langgraph_tiered_saver",
         ),
     )
+
+
+def leave_to_parent() -> None:
+    """In a forked child: let go of the parent's connections without a word to the server.
+
+    libpq says goodbye when a connection is freed, at the latest when the child exits, and the parent's session would
+    end. What the child says now goes nowhere.
+    """
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for connection in list(_connections):
+        if not connection.closed:
+            os.dup2(nowhere, connection.fileno())
+    _connections.clear()
+    os.close(nowhere)
 
 
 def set_search_path(connection: Connection, schema: str | None) -> None:

@@ -23,9 +23,10 @@ MIGRATIONS = (
         tombstone BIGINT NOT NULL DEFAULT 0
     ) WITH (fillfactor = 70)""",
     "CREATE TABLE IF NOT EXISTS tiered_state (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
-    # delete_for_runs would otherwise read every checkpoint there is.
+    # delete_for_runs would otherwise read every checkpoint there is. The digest keeps a long run id within the size of
+    # an index entry, beyond which PostgreSQL would refuse the checkpoint.
     """CREATE INDEX CONCURRENTLY IF NOT EXISTS tiered_checkpoints_run_id_idx
-        ON checkpoints ((metadata ->> 'run_id')) WHERE metadata ? 'run_id'""",
+        ON checkpoints (md5(metadata ->> 'run_id')) WHERE metadata ? 'run_id'""",
 )
 
 LOCK_CLASS = 0x7E1D  # first key of every advisory lock we take

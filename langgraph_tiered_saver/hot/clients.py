@@ -177,6 +177,9 @@ class LoopClients:
         client = self._clients.get(loop)
         if client is None:
             with self._lock:
+                # A client's connections refer to their loop, so a loop that ended would stay for ever.
+                for ended in [known for known in self._clients if known.is_closed()]:
+                    del self._clients[ended]
                 if self._given is not None:
                     client, self._given = self._given, None
                 else:

@@ -61,9 +61,10 @@ class Appended:
 class HotCalls:
     """Builds the calls for one keyspace."""
 
-    def __init__(self, keyspace: Keyspace, config: TieredConfig) -> None:
+    def __init__(self, keyspace: Keyspace, config: TieredConfig, *, evicts: bool = False) -> None:
         self.keyspace = keyspace
         self._ttl = "0" if config.hot_ttl is None else str(int(config.hot_ttl * 1000))
+        self._namespaces_ttl = "0" if evicts else self._ttl
 
     def put(self, encoded: EncodedCheckpoint, payload: bytes) -> HotCall:
         """Acknowledge a checkpoint; the reply is empty when it must carry every channel."""
@@ -80,6 +81,7 @@ class HotCalls:
                 frame(channel.encode() for channel in encoded.removed),
                 encoded.blob_count,
                 self._ttl,
+                self._namespaces_ttl,
             ),
         )
 
@@ -89,7 +91,7 @@ class HotCalls:
         return HotCall(
             scripts.PUT_WRITES,
             (keys.hot(checkpoint_ns), keys.journal, keys.shard, keys.dirty, keys.namespaces),
-            (thread_id.encode(), check_size(payload), self._ttl),
+            (thread_id.encode(), check_size(payload), self._ttl, self._namespaces_ttl),
         )
 
     def get(self, thread_id: str, checkpoint_ns: str, checkpoint_id: str) -> HotCall:
@@ -100,7 +102,11 @@ class HotCalls:
     def lease(self, thread_id: str, checkpoint_ns: str, token: str) -> HotCall:
         """Begin to warm a namespace; the reply is the journal's length."""
         keys = self.keyspace.thread(thread_id)
-        return HotCall(scripts.LEASE, (keys.hot(checkpoint_ns), keys.journal), (token, _LEASE_TTL_MS))
+        return HotCall(
+            scripts.LEASE,
+            (keys.hot(checkpoint_ns), keys.journal, keys.namespaces),
+            (token, checkpoint_ns.encode(), _LEASE_TTL_MS),
+        )
 
     def warm(
         self,
@@ -116,7 +122,7 @@ class HotCalls:
         return HotCall(
             scripts.WARM,
             (keys.hot(checkpoint_ns), keys.namespaces),
-            (token, checkpoint, blob_count, self._ttl, *writes),
+            (token, checkpoint, blob_count, self._ttl, self._namespaces_ttl, *writes),
         )
 
     def maintain(self, thread_id: str, payload: bytes, *, supersedes: bool) -> HotCall:
@@ -267,8 +273,11 @@ def dirty_threads(client: SyncRedis, keyspace: Keyspace) -> list[str]:
         raise translate(error) from error
 
 
-def check_server(client: SyncRedis, config: TieredConfig) -> None:
+def check_server(client: SyncRedis, config: TieredConfig) -> bool:
     """Check that the server can be used.
+
+    Returns:
+        Whether it may evict keys that have a TTL.
 
     Raises:
         ConfigurationError: Redis is too old, or may evict the journal.
@@ -286,14 +295,17 @@ def check_server(client: SyncRedis, config: TieredConfig) -> None:
             raise ConfigurationError(
                 f"Redis {version} is too old: {'.'.join(map(str, OLDEST_REDIS))} or later, or any Valkey, is needed."
             )
+    evicts = False
     for server in memories.values() if cluster else [memories]:
         policy = str(server.get("maxmemory_policy", ""))
+        evicts = evicts or policy != "noeviction"
         if policy.startswith("allkeys") and not config.allow_eviction:
             raise ConfigurationError(
                 f"Redis is set to maxmemory-policy {policy}, which may evict records that PostgreSQL does not have "
                 "yet. Set it to noeviction or a volatile-* policy (only hot state has a TTL), or pass "
                 "allow_eviction=True if losing records is acceptable."
             )
+    return evicts
 
 
 def read_meta(client: SyncRedis, prefix: str) -> dict[str, str]:

@@ -20,6 +20,16 @@ local function append(journal, shard, dirty, thread, payload)
   return {sequence, known[2] or '0'}
 end
 
+-- Put off the expiry of hot state. The set of namespaces, which a delete finds the hashes by, outlives them all
+-- because it is put off with each; where Redis may evict what has a TTL, it has none. Doing it ten times in a lifetime is enough; `renewed` says when it was done.
+local function keep_alive(hot, namespaces, ttl, namespaces_ttl, sequence, renewed)
+  if ttl ~= '0' and (not renewed or tonumber(sequence) - tonumber(renewed) > tonumber(ttl) * 100) then
+    redis.call('HSET', hot, 'e', sequence)
+    redis.call('PEXPIRE', hot, ttl)
+    if namespaces_ttl ~= '0' then redis.call('PEXPIRE', namespaces, namespaces_ttl) else redis.call('PERSIST', namespaces) end
+  end
+end
+
 -- Split a run of byte strings with their lengths in front.
 local function unframe(bytes)
   local parts, count, at, length = {}, 0, 1, #bytes

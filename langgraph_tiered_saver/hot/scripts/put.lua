@@ -1,12 +1,12 @@
 -- Acknowledge a checkpoint: append its record to the journal and, if it is the latest, make it the hot one.
 -- KEYS: hot hash, journal, shard, dirty, namespaces
 -- ARGV: thread, record, unchanged channels {channel, version, ...} (framed; '' = the record is complete),
---       removed channels (framed), number of blobs, ttl in ms ('0' = none)
+--       removed channels (framed), number of blobs, ttl in ms ('0' = none), ttl of the namespaces
 -- Returns {sequence number, the previous record's}, or {} when the record must carry every channel.
 local hot = KEYS[1]
 local record = unframe(ARGV[2])
 local id, parent = record[3], record[4]
-local known = redis.call('HMGET', hot, 'id', 'u', 'wn', 'p', 'l')
+local known = redis.call('HMGET', hot, 'id', 'u', 'wn', 'p', 'l', 'e')
 local current, uncertain = known[1], known[2]
 
 if ARGV[3] ~= '' then
@@ -25,21 +25,23 @@ end
 
 local reply = append(KEYS[2], KEYS[3], KEYS[4], ARGV[1], ARGV[2])
 local fields, stale = {}, {}
+local branch = current and current ~= parent
 if known[5] then stale[1] = 'l' end
 if current and id < current then
   in_chunks('HDEL', hot, stale)
   return reply
 end
 
-if not current and (parent ~= '' or (uncertain and uncertain >= id)) then
-  -- Nothing was hot, so writes of this checkpoint that came before it may be in the cold tier only.
+-- 'u': up to this checkpoint, the hot state may be incomplete and the cold tier must be asked, until it is warmed.
+-- Where nothing was hot, or another branch, writes that came before their checkpoint may be missing, and so may blobs
+-- of channels that a checkpoint names without carrying them (a delta channel's snapshot).
+if uncertain then
+  if uncertain < id then fields = {'u', id} end
+elseif branch or (not current and parent ~= '') then
   fields = {'u', id}
-elseif uncertain and uncertain < id then
-  stale[#stale + 1] = 'u'
 end
 
 -- Writes of older checkpoints stay in the cold tier only; so do the channels of another branch.
-local branch = current and current ~= parent
 if branch or tonumber(known[3] or '0') > 0 then
   local names, kept = redis.call('HKEYS', hot), 0
   for i = 1, #names do
@@ -76,5 +78,5 @@ local head = {'id', id, 'p', parent, 'c', record[5], 'm', record[6], 'k', ARGV[5
 for i = 1, #head do fields[count + i] = head[i] end
 in_chunks('HSET', hot, fields)
 if not current then redis.call('SADD', KEYS[5], record[2]) end
-if ARGV[6] ~= '0' then redis.call('PEXPIRE', hot, ARGV[6]) end
+keep_alive(hot, KEYS[5], ARGV[6], ARGV[7], reply[1], current and known[6])
 return reply

@@ -1,11 +1,11 @@
 -- Acknowledge writes: append their record to the journal and, unless their checkpoint is an older one, keep them hot.
 -- KEYS: hot hash, journal, shard, dirty, namespaces
--- ARGV: thread, record, ttl in ms ('0' = none)
+-- ARGV: thread, record, ttl in ms ('0' = none), ttl of the namespaces
 -- Returns {sequence number, the previous record's}.
 local hot = KEYS[1]
 local record = unframe(ARGV[2])
 local id = record[3]
-local known = redis.call('HMGET', hot, 'id', 'u', 'l')
+local known = redis.call('HMGET', hot, 'id', 'u', 'l', 'e')
 local current = known[1]
 local reply = append(KEYS[2], KEYS[3], KEYS[4], ARGV[1], ARGV[2])
 if known[3] then redis.call('HDEL', hot, 'l') end
@@ -24,5 +24,5 @@ else
   end
   if added > 0 then redis.call('HINCRBY', hot, 'wn', added) end
 end
-if ARGV[3] ~= '0' then redis.call('PEXPIRE', hot, ARGV[3]) end
+keep_alive(hot, KEYS[5], ARGV[3], ARGV[4], reply[1], current and known[4])
 return reply
