@@ -41,6 +41,8 @@ from langgraph_tiered_saver.records import (
     unpack_value,
 )
 
+# From this checkpoint format on, pending sends are an ordinary channel; the library's reader migrates older ones.
+FORMAT_WITH_SENDS = 4
 # Longer strings go to blobs: inlined, they would travel and be stored again with every checkpoint.
 LONGEST_INLINE_STRING = 1024
 # Beyond 2**53 a float prints with an exponent, and PostgreSQL's numeric hands it back as an integer.
@@ -89,6 +91,8 @@ class EncodedCheckpoint:
         unchanged: The other blob-stored channels: `(channel, version)`, their values not serialized.
         removed: Changed channels that have no blob now.
         blob_count: How many blobs a complete checkpoint has.
+        has_delta_channels: The graph has a `DeltaChannel`, whose value is not in every checkpoint.
+        is_old_format: The parent's writes may hold pending sends that belong to this checkpoint.
     """
 
     position: ThreadPosition
@@ -99,6 +103,8 @@ class EncodedCheckpoint:
     unchanged: list[tuple[str, str]]
     removed: list[str]
     blob_count: int
+    has_delta_channels: bool
+    is_old_format: bool
     _serde: SerializerProtocol
     _values: Mapping[str, Any] = field(repr=False)
 
@@ -198,6 +204,8 @@ def encode_checkpoint(
         SerializationError: a value or the metadata cannot be serialized.
     """
     parent = position_of(config, what="put")
+    if missing := [key for key in ("id", "v", "channel_values", "channel_versions") if key not in checkpoint]:
+        raise InvalidInputError(f"put needs a checkpoint, but this one has no {', '.join(missing)}; nothing was written.")
     checkpoint_id = text_of(checkpoint["id"], "checkpoint id")
     if not checkpoint_id:
         raise InvalidInputError("put needs a checkpoint with an id; nothing was written.")
@@ -245,6 +253,8 @@ def encode_checkpoint(
         unchanged,
         removed,
         blob_count,
+        "counters_since_delta_snapshot" in metadata,
+        checkpoint["v"] < FORMAT_WITH_SENDS,
         serde,
         values,
     )

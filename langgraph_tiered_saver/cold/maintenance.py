@@ -44,15 +44,15 @@ DELETE_NAMESPACES = (
     "DELETE FROM checkpoint_writes WHERE thread_id = %s AND checkpoint_ns = ANY(%s)",
 )
 
-# The condition names the digest that the index is on.
-_OF_RUNS = """metadata ? 'run_id' AND metadata ->> 'run_id' = ANY(%(runs)s)
-    AND md5(metadata ->> 'run_id') = ANY(ARRAY(SELECT md5(run) FROM unnest(%(runs)s::text[]) AS run))"""
+# The condition on the digest is what the index is on.
+FIND_RUNS = """
+SELECT DISTINCT thread_id FROM checkpoints
+WHERE metadata ? 'run_id' AND metadata ->> 'run_id' = ANY(%(runs)s)
+AND md5(metadata ->> 'run_id') = ANY(ARRAY(SELECT md5(run) FROM unnest(%(runs)s::text[]) AS run))"""
 
-FIND_RUNS = "SELECT DISTINCT thread_id FROM checkpoints WHERE " + _OF_RUNS
-
-FIND_RUN_CHECKPOINTS = (
-    "SELECT checkpoint_ns, checkpoint_id FROM checkpoints WHERE thread_id = %(thread)s AND " + _OF_RUNS
-)
+FIND_RUN_CHECKPOINTS = """
+SELECT checkpoint_ns, checkpoint_id FROM checkpoints
+WHERE thread_id = %(thread)s AND metadata ->> 'run_id' = ANY(%(runs)s)"""
 
 DELETE_CHECKPOINTS = """
 WITH deleted AS (
@@ -174,12 +174,12 @@ def execute(
 
 def threads_of_runs(connection: Connection, run_ids: Sequence[str]) -> list[str]:
     """Find the threads that hold checkpoints of some runs."""
-    return [row["thread_id"] for row in connection.execute(FIND_RUNS.encode(), {"runs": list(run_ids)})]
+    return [row["thread_id"] for row in connection.execute(FIND_RUNS, {"runs": list(run_ids)})]
 
 
 def _delete_runs(cursor: _Cursor, thread_id: str, run_ids: Sequence[str]) -> None:
     doomed: dict[str, list[str]] = {}
-    for row in cursor.execute(FIND_RUN_CHECKPOINTS.encode(), {"thread": thread_id, "runs": list(run_ids)}).fetchall():
+    for row in cursor.execute(FIND_RUN_CHECKPOINTS, {"thread": thread_id, "runs": list(run_ids)}).fetchall():
         doomed.setdefault(row["checkpoint_ns"], []).append(row["checkpoint_id"])
     for ns, ids in doomed.items():
         _delete_checkpoints(cursor, thread_id, ns, ids)
@@ -234,10 +234,11 @@ def _kept(cursor: _Cursor, thread_id: str, ns: str, rows: Sequence[DictRow]) -> 
     # Before format 4 the parent's pending sends are part of the latest checkpoint.
     if (head["v"] or 0) < 4 and parent and cursor.execute(HAS_SENDS, (thread_id, ns, parent, TASKS)).fetchone():
         kept.add(parent)
-    channels = {channel for row in rows for channel in row["delta_channels"]}
-    if any(row["all_delta"] for row in rows):
-        found = cursor.execute(READ_VERSIONS, (thread_id, ns, head["checkpoint_id"])).fetchone()
-        channels |= set(found["channels"]) if found else set()
+    # A channel that has no version was never written, so nothing is rebuilt for it.
+    found = cursor.execute(READ_VERSIONS, (thread_id, ns, head["checkpoint_id"])).fetchone()
+    channels = set(found["channels"]) if found else set()
+    if not any(row["all_delta"] for row in rows):
+        channels &= {channel for row in rows for channel in row["delta_channels"]}
     parents = {row["checkpoint_id"]: row["parent_checkpoint_id"] for row in rows}
     for channel in channels:
         valued = {

@@ -12,16 +12,13 @@ from langgraph.checkpoint.base import CheckpointTuple, DeltaChannelHistory
 from langgraph.checkpoint.postgres import PostgresSaver
 from langgraph.checkpoint.serde.base import SerializerProtocol
 
-from langgraph_tiered_saver.codec import ThreadPosition, version_text
+from langgraph_tiered_saver.codec import FORMAT_WITH_SENDS, ThreadPosition, version_text
 from langgraph_tiered_saver.cold.pool import Connection
 from langgraph_tiered_saver.records import CheckpointRecord, TypedValue, WritesRecord, encode, pack_value
 
 READ_WRITES = """
 SELECT task_id, task_path, idx, channel, type, blob FROM checkpoint_writes
 WHERE thread_id = %s AND checkpoint_ns = %s AND checkpoint_id = %s ORDER BY task_id, idx"""
-
-# From checkpoint format 4 on, pending sends are an ordinary channel; older ones are migrated by the library's reader.
-_FORMAT_WITHOUT_MIGRATION = 4
 
 
 class RawValue(NamedTuple):
@@ -77,7 +74,7 @@ class ColdCheckpoint:
             None for a checkpoint of an older format, which stays cold until the graph writes the next one.
         """
         checkpoint = self.found.checkpoint
-        if checkpoint["v"] < _FORMAT_WITHOUT_MIGRATION:
+        if checkpoint["v"] < FORMAT_WITH_SENDS:
             return None
         values: Mapping[str, Any] = checkpoint["channel_values"]
         versions = checkpoint["channel_versions"]

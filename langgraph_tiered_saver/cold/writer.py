@@ -46,8 +46,9 @@ ON CONFLICT (thread_id, checkpoint_ns, checkpoint_id, task_id, idx) DO UPDATE
 SET task_path = EXCLUDED.task_path, channel = EXCLUDED.channel, type = EXCLUDED.type, blob = EXCLUDED.blob,
     tiered_seq = EXCLUDED.tiered_seq"""
 
-# Regular writes: the first sequence number wins, and a row that PostgresSaver wrote came first.
-INSERT_FIRST_WRITES = _INSERT_WRITES + " WHERE EXCLUDED.tiered_seq < checkpoint_writes.tiered_seq"
+# Regular writes: the first sequence number wins, and a row that PostgresSaver wrote came first. A special write in a
+# mixed call (idx < 0) gives way to whatever is there, like in PostgresSaver.
+INSERT_FIRST_WRITES = _INSERT_WRITES + " WHERE EXCLUDED.idx >= 0 AND EXCLUDED.tiered_seq < checkpoint_writes.tiered_seq"
 # Special writes: the last one wins.
 INSERT_LAST_WRITES = (
     _INSERT_WRITES + " WHERE checkpoint_writes.tiered_seq IS NULL OR checkpoint_writes.tiered_seq < EXCLUDED.tiered_seq"

@@ -82,6 +82,8 @@ class HotCalls:
                 encoded.blob_count,
                 self._ttl,
                 self._namespaces_ttl,
+                int(encoded.has_delta_channels),
+                int(encoded.is_old_format),
             ),
         )
 

@@ -1,7 +1,8 @@
 -- Acknowledge a checkpoint: append its record to the journal and, if it is the latest, make it the hot one.
 -- KEYS: hot hash, journal, shard, dirty, namespaces
 -- ARGV: thread, record, unchanged channels {channel, version, ...} (framed; '' = the record is complete),
---       removed channels (framed), number of blobs, ttl in ms ('0' = none), ttl of the namespaces
+--       removed channels (framed), number of blobs, ttl in ms ('0' = none), ttl of the namespaces,
+--       '1' = the graph has delta channels, '1' = the checkpoint's format is older than 4
 -- Returns {sequence number, the previous record's}, or {} when the record must carry every channel.
 local hot = KEYS[1]
 local record = unframe(ARGV[2])
@@ -23,6 +24,18 @@ if ARGV[3] ~= '' then
   end
 end
 
+-- Whether a checkpoint may have pending sends among its writes: it has, or it is not the hot one.
+local function has_sends(key, hot_id, checkpoint_id)
+  if hot_id ~= checkpoint_id then return true end
+  local values = redis.call('HGETALL', key)
+  for i = 1, #values, 2 do
+    if string.sub(values[i], 1, 2) == 'w:' and string.find(values[i + 1], '\0__pregel_tasks\0', 1, true) then
+      return true
+    end
+  end
+  return false
+end
+
 local reply = append(KEYS[2], KEYS[3], KEYS[4], ARGV[1], ARGV[2])
 local fields, stale = {}, {}
 local branch = current and current ~= parent
@@ -32,13 +45,18 @@ if current and id < current then
   return reply
 end
 
--- 'u': up to this checkpoint, the hot state may be incomplete and the cold tier must be asked, until it is warmed.
--- Where nothing was hot, or another branch, writes that came before their checkpoint may be missing, and so may blobs
--- of channels that a checkpoint names without carrying them (a delta channel's snapshot).
-if uncertain then
-  if uncertain < id then fields = {'u', id} end
-elseif branch or (not current and parent ~= '') then
-  fields = {'u', id}
+-- 'u': up to this checkpoint, the hot state may be incomplete and the cold tier must be asked. Where nothing was hot,
+-- writes that came before their checkpoint may be missing. Where nothing or another branch was, so may the last
+-- snapshot of a delta channel, which its descendants name without carrying it; that lasts until the hash is warmed.
+local delta = ARGV[8] == '1'
+-- Before format 4, a checkpoint's pending sends are writes of its parent, which the library's reader merges.
+local sends = ARGV[9] == '1' and parent ~= '' and has_sends(hot, current, parent)
+if not (uncertain and uncertain >= id) then
+  if (not current and parent ~= '') or sends or (delta and (branch or uncertain)) then
+    fields = {'u', id}
+  elseif uncertain then
+    stale[#stale + 1] = 'u'
+  end
 end
 
 -- Writes of older checkpoints stay in the cold tier only; so do the channels of another branch.
