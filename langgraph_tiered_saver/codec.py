@@ -205,7 +205,9 @@ def encode_checkpoint(
     """
     parent = position_of(config, what="put")
     if missing := [key for key in ("id", "v", "channel_values", "channel_versions") if key not in checkpoint]:
-        raise InvalidInputError(f"put needs a checkpoint, but this one has no {', '.join(missing)}; nothing was written.")
+        raise InvalidInputError(
+            f"put needs a checkpoint, but this one has no {', '.join(missing)}; nothing was written."
+        )
     checkpoint_id = text_of(checkpoint["id"], "checkpoint id")
     if not checkpoint_id:
         raise InvalidInputError("put needs a checkpoint with an id; nothing was written.")

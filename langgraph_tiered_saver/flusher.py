@@ -212,9 +212,10 @@ class Flusher:
         Raises:
             TieredSaverError: a tier could not be used.
         """
-        works = self._collect(plans)
-        for batch in self._batches(works):
-            self._write(batch)
+        # What is in memory goes first: it needs Redis only to be acknowledged.
+        for group in ([p for p in plans if not p.read_journal], [p for p in plans if p.read_journal]):
+            for batch in self._batches(self._collect(group)):
+                self._write(batch)
 
     def _collect(self, plans: Sequence[Plan]) -> list[_Work]:
         """Bring each plan's records together: from memory, or the journal merged with memory."""
@@ -371,7 +372,13 @@ class Flusher:
             return
         # An empty journal is acknowledged too, which tidies the dirty set.
         acks = [self._calls.ack(work.plan.thread_id, run[-1][0] if run else 0) for work, run in written]
-        tier.run_many(self._client, acks)
+        unacknowledged: TieredSaverError | None = None
+        try:
+            tier.run_many(self._client, acks)
+        except TieredSaverError as error:
+            # PostgreSQL has the records, which is what everybody waits for. The journals are trimmed by the next flush
+            # of their threads, or by a sweep, which will write the same rows again.
+            unacknowledged = error
         for work, run in written:
             upto = run[-1][0] if run else 0
             last = not work.records or upto >= work.records[-1][0]
@@ -384,6 +391,8 @@ class Flusher:
                 self._counters.add("flushed_records", len(run))
                 self._counters.add("flushed_bytes", sum(len(sizes[sequence]) for sequence, _ in run))
                 self._counters.add("adopted_records", max(0, len(run) - own))
+        if unacknowledged is not None:
+            raise unacknowledged
 
     def _account_for(self, work: _Work) -> None:
         """Records that memory could not keep and the journal does not have: others flushed them, or they are lost."""

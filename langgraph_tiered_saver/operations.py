@@ -222,7 +222,7 @@ def list_page(
 ) -> Operation[list[CheckpointTuple]]:
     """Read checkpoints as `PostgresSaver.list` does, once PostgreSQL has everything that was acknowledged."""
     wanted: RunnableConfig | None = None
-    if config is None:
+    if not config:
         yield from ready(runtime)
         yield from settle_all(runtime)
     else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,26 +21,18 @@ from langgraph.checkpoint.base import (
 from langgraph.checkpoint.serde.base import SerializerProtocol
 from psycopg_pool import ConnectionPool
 
-from langgraph_tiered_saver import operations
-from langgraph_tiered_saver.cold.pool import ColdPool, Pool, check_url, make_pool
+from langgraph_tiered_saver import builders, operations
 from langgraph_tiered_saver.cold.threads import ThreadSummary
-from langgraph_tiered_saver.config import ENVIRONMENT_PREFIX, TieredConfig
+from langgraph_tiered_saver.config import TieredConfig
 from langgraph_tiered_saver.drivers import arun, run
-from langgraph_tiered_saver.errors import ConfigurationError
-from langgraph_tiered_saver.hot import clients
 from langgraph_tiered_saver.paging import Pages
-from langgraph_tiered_saver.runtime import Runtime, RuntimeSource, clone_pool
+from langgraph_tiered_saver.runtime import Runtime, RuntimeSource
 from langgraph_tiered_saver.stats import TieredStats
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
     from langgraph_tiered_saver.embedded import EmbeddedServers
-
-_URL_VARIABLES = {
-    "Redis": (ENVIRONMENT_PREFIX + "REDIS_URL", "REDIS_URL"),
-    "PostgreSQL": (ENVIRONMENT_PREFIX + "POSTGRES_URL", "DATABASE_URL"),
-}
 
 
 class TieredSaver(BaseCheckpointSaver[str]):
@@ -84,39 +75,7 @@ class TieredSaver(BaseCheckpointSaver[str]):
             ConfigurationError: a client is of a kind that cannot be used.
         """
         config = config or TieredConfig()
-        if not isinstance(pool, ConnectionPool):
-            raise ConfigurationError(
-                f"pool is a {type(pool).__name__}; pass a psycopg_pool.ConnectionPool, which serves async callers too."
-            )
-        if not hasattr(redis, "execute_command") or asyncio.iscoroutinefunction(redis.execute_command):
-            raise ConfigurationError(
-                f"redis is a {type(redis).__name__} of {type(redis).__module__}; pass a synchronous redis.Redis or "
-                "redis.RedisCluster, and the asynchronous one as async_redis= if it cannot be derived."
-            )
-        clients.check_decoding(redis)
-        if async_redis is not None:
-            clients.check_decoding(async_redis)
-        given = [pool]
-
-        def make_async() -> Any:
-            return clients.derive_async(redis, config)()
-
-        if async_redis is None:
-            clients.derive_async(redis, config)
-
-        def build() -> Runtime:
-            # The second time is in a forked child, which must not share the pool's sockets.
-            cold = ColdPool(given.pop(), config, ours=False) if given else None
-            return Runtime(
-                redis,
-                clients.LoopClients(make_async, async_redis if cold else None),
-                cold or ColdPool(clone_pool(pool, config), config, ours=True),
-                config,
-                close_client=False,
-                given_async=async_redis,
-            )
-
-        self._initialise(build, config, serde)
+        self._initialise(builders.from_clients(redis, pool, async_redis, config), config, serde)
 
     def _initialise(self, build: Callable[[], Runtime], config: TieredConfig, serde: SerializerProtocol | None) -> None:
         super().__init__(serde=serde)
@@ -141,20 +100,7 @@ class TieredSaver(BaseCheckpointSaver[str]):
                 away shows at the first use.
         """
         config = TieredConfig.from_settings(settings)
-        check_url(postgres_url)
-        clients.from_url(redis_url, config)
-
-        def build() -> Runtime:
-            client, make_async = clients.from_url(redis_url, config)
-            pool: Pool = make_pool(postgres_url, config)
-            return Runtime(
-                client,
-                clients.LoopClients(make_async),
-                ColdPool(pool, config, ours=True),
-                config,
-                close_client=True,
-            )
-
+        build = builders.from_urls(redis_url, postgres_url, config)
         saver = cls.__new__(cls)
         saver._initialise(build, config, serde)  # noqa: SLF001 - a saver being made
         return saver
@@ -173,13 +119,9 @@ class TieredSaver(BaseCheckpointSaver[str]):
         Raises:
             ConfigurationError: a URL is missing, or a variable cannot be read.
         """
-        urls = []
-        for server, names in _URL_VARIABLES.items():
-            found = next((os.environ[name] for name in names if os.environ.get(name)), None)
-            if found is None:
-                raise ConfigurationError(f"No URL for {server}: set {names[0]} (or {names[1]}).")
-            urls.append(found)
-        return cls.from_conn_string(*urls, serde=serde, **{**TieredConfig.settings_from_env(), **settings})
+        redis_url, postgres_url = builders.urls_from_env()
+        settings = {**TieredConfig.settings_from_env(), **settings}
+        return cls.from_conn_string(redis_url, postgres_url, serde=serde, **settings)
 
     @classmethod
     def local(
