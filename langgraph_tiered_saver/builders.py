@@ -75,20 +75,18 @@ def from_clients(
         clients.derive_async(redis, config)
     else:
         clients.check_decoding(async_redis)
-    given = [pool]
+    owner = os.getpid()
 
     def make_async() -> Any:
         return clients.derive_async(redis, config)()
 
     def build() -> Runtime:
-        # The second time is in a forked child, which must not share the pool's sockets.
-        first = bool(given)
-        cold = (
-            ColdPool(given.pop(), config, ours=False)
-            if first
-            else ColdPool(clone_pool(pool, config), config, ours=True)
-        )
-        loops = clients.LoopClients(make_async, async_redis if first else None)
-        return Runtime(redis, loops, cold, config, close_client=False, given_async=async_redis)
+        if os.getpid() == owner:
+            cold, given_async = ColdPool(pool, config, ours=False), async_redis
+        else:
+            # A forked child must not share the pool's sockets, nor those of an event loop it does not have.
+            cold, given_async = ColdPool(clone_pool(pool, config), config, ours=True), None
+        loops = clients.LoopClients(make_async, given_async)
+        return Runtime(redis, loops, cold, config, close_client=False)
 
     return build

@@ -176,6 +176,20 @@ def text_of(value: object, what: str) -> str:
     return text
 
 
+def _check_readable(name: str, what: str) -> str:
+    """Refuse a name that PostgresSaver's reader, which casts it to `bytea`, takes for another one or cannot read.
+
+    Raises:
+        InvalidInputError: it holds a backslash.
+    """
+    if "\\" in name:
+        raise InvalidInputError(
+            f"The {what} {name!r:.80} holds a backslash, which PostgresSaver's reader takes for an escape. "
+            "Use another name; nothing was written."
+        )
+    return name
+
+
 def _check_index_entry(*names: str) -> None:
     """Refuse names that together do not fit an entry of the tables' indexes (2,704 bytes), whatever they compress to.
 
@@ -229,7 +243,7 @@ def encode_checkpoint(
             continue
         if channel in new_versions:
             version = version_text(new_versions[channel])
-            _check_index_entry(parent.thread_id, parent.checkpoint_ns, channel, version)
+            _check_index_entry(parent.thread_id, parent.checkpoint_ns, _check_readable(channel, "channel"), version)
             try:
                 typed = _dump(serde, channel, value)
             except SerializationError:
@@ -278,17 +292,18 @@ def encode_writes(
     position = position_of(config, what="put_writes")
     if not position.checkpoint_id:
         raise InvalidInputError("put_writes needs the checkpoint_id that the writes belong to; nothing was written.")
-    _check_index_entry(position.thread_id, position.checkpoint_ns, position.checkpoint_id, text_of(task_id, "task_id"))
+    task_id = _check_readable(text_of(task_id, "task_id"), "task_id")
+    _check_index_entry(position.thread_id, position.checkpoint_ns, position.checkpoint_id, task_id)
     return position, WritesRecord(
         position.checkpoint_ns,
         position.checkpoint_id,
-        str(task_id),
+        task_id,
         text_of(task_path, "task_path"),
         all(channel in WRITES_IDX_MAP for channel, _ in writes),
         [
             (
                 WRITES_IDX_MAP.get(channel, index),
-                text_of(channel, "channel"),
+                _check_readable(text_of(channel, "channel"), "channel"),
                 pack_value(_dump(serde, channel, value)),
             )
             for index, (channel, value) in enumerate(writes)
@@ -307,7 +322,12 @@ def decode_hot(
     checkpoint_id = fields.get(b"id")
     if checkpoint_id is None or fields.get(b"u", b"") >= checkpoint_id:
         return None
-    checkpoint = json.loads(fields[b"c"])
+    try:
+        checkpoint, metadata = json.loads(fields[b"c"]), json.loads(fields[b"m"])
+        blob_count, parent_id = int(fields[b"k"]), fields[b"p"].decode()
+    except (KeyError, ValueError):
+        # Somebody else touched the hash; the cold tier has the checkpoint whole.
+        return None
     values = checkpoint.get("channel_values") or {}
     found = 0
     for channel, version in checkpoint["channel_versions"].items():
@@ -316,15 +336,14 @@ def decode_hot(
             values[channel] = serde.loads_typed(unpack_value(fields[b"b:" + key]))
             found += 1
     # More than were counted is right too: a delta channel's last snapshot, which PostgresSaver's reader shows as well.
-    if found < int(fields[b"k"]):
+    if found < blob_count:
         return None
     checkpoint["channel_values"] = values
     at = ThreadPosition(position.thread_id, position.checkpoint_ns, checkpoint_id.decode())
-    parent_id = fields[b"p"].decode()
     return CheckpointTuple(
         at.config(),
         checkpoint,
-        json.loads(fields[b"m"]),
+        metadata,
         ThreadPosition(at.thread_id, at.checkpoint_ns, parent_id).config() if parent_id else None,
         _pending_writes(serde, checkpoint_id, fields),
     )

@@ -100,7 +100,7 @@ class TieredConfig:
     """Seconds to get a PostgreSQL connection before `ColdTierUnavailableError`."""
 
     postgres_statement_timeout: float = 60.0
-    """Seconds for one transaction of the flusher. 0: the server's own setting."""
+    """Seconds for one transaction of the flusher or one read, whether the server runs or hangs. 0: no bound of ours."""
 
     postgres_pool_size: int = 10
     """Most PostgreSQL connections of this process; one of them is the flusher's."""
@@ -111,8 +111,8 @@ class TieredConfig:
         schema = self.postgres_schema
         if schema is not None:
             usable = 0 < len(schema.encode(errors="replace")) <= _POSTGRES_IDENTIFIER_BYTES
-            usable = usable and "\0" not in schema and not schema.startswith("pg_")
-            _check(usable, "postgres_schema", schema, "1 to 63 bytes, not starting with 'pg_'")
+            usable = usable and "\0" not in schema and not schema.startswith("pg_") and schema != "$user"
+            _check(usable, "postgres_schema", schema, "1 to 63 bytes, not '$user' and not starting with 'pg_'")
         _check(self.write_mode in get_args(WriteMode), "write_mode", self.write_mode, "'behind' or 'through'")
         _check(1 <= self.shard_count <= 4096, "shard_count", self.shard_count, "1 to 4096")
         _check(self.hot_ttl is None or self.hot_ttl >= 1, "hot_ttl", self.hot_ttl, "at least 1 second, or None")

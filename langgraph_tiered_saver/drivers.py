@@ -64,11 +64,11 @@ def _perform(runtime: Runtime, request: Any) -> Any:
 async def _aperform(runtime: Runtime, request: Any) -> Any:
     kind = type(request)
     if kind is HotCall:
-        return await tier.arun(runtime.loops.current(), request)
+        return await tier.arun(runtime.loops.current() or await runtime.loops.open(), request)
     if kind is ReadHash:
-        return await tier.aread_hash(runtime.loops.current(), request.key)
+        return await tier.aread_hash(runtime.loops.current() or await runtime.loops.open(), request.key)
     if kind is Blocking:
-        return await asyncio.get_running_loop().run_in_executor(runtime.executor, request.work)
+        return await asyncio.wrap_future(runtime.executor.submit(request.work))
     if kind is Wait:
         return await _await(request)
     raise TypeError(f"not a request: {request!r}")
@@ -89,8 +89,13 @@ def _wait(request: Wait) -> int:
 async def _await(request: Wait) -> int:
     if not request.tickets:
         return 0
-    done, pending = await asyncio.wait(map(asyncio.wrap_future, request.tickets), timeout=request.timeout)
-    # Each result is looked at, or asyncio would complain about errors nobody saw.
+    waiting = [asyncio.wrap_future(ticket) for ticket in request.tickets]
+    try:
+        done, pending = await asyncio.wait(waiting, timeout=request.timeout)
+    finally:
+        # Each result is looked at or no longer waited for, or asyncio would complain about errors nobody saw.
+        for ticket in waiting:
+            ticket.cancel()
     errors = [error for ticket in done if (error := ticket.exception()) is not None]
     if errors:
         raise errors[0]

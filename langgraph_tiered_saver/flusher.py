@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 _BACKOFF_FIRST = 0.1
 _BACKOFF_LAST = 5.0
 _SWEEP_THREADS = 256  # most orphans taken from one shard at once
+_MAINTENANCE_STATEMENTS = 10  # how many times the time-out of a statement a delete or prune may take in all
 _LEAST_READ = 64 * 1024  # bytes read from each of many journals at once
 
 
@@ -336,7 +337,8 @@ class Flusher:
                     record,
                     shard_of=self._calls.keyspace.shard_of,
                     statement_timeout=self._config.postgres_statement_timeout,
-                )
+                ),
+                statements=_MAINTENANCE_STATEMENTS,
             )
         except ValueError as error:
             self._quarantine(thread_id, sequence, error)
@@ -348,18 +350,18 @@ class Flusher:
             return False
         return True
 
-    def _transaction(self, work: Callable[[Connection], None]) -> None:
+    def _transaction(self, work: Callable[[Connection], None], *, statements: int = 1) -> None:
         """Run a transaction; a broken connection and missing tables are mended once."""
         try:
             try:
-                with self._pool.connection() as connection:
+                with self._pool.connection(statements=statements) as connection:
                     work(connection)
             except psycopg.Error as error:
                 if is_missing_schema(error):
                     self._repair_schema()
                 elif error.sqlstate is not None or not is_passing(error):
                     raise
-                with self._pool.connection() as connection:
+                with self._pool.connection(statements=statements) as connection:
                     work(connection)
         except (psycopg.OperationalError, psycopg.InterfaceError) as error:
             if is_poison(error):

@@ -8,19 +8,20 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import psycopg
+from psycopg.rows import dict_row
 
 from langgraph_tiered_saver.backlog import Backlog
 from langgraph_tiered_saver.cold import schema
 from langgraph_tiered_saver.cold.pool import ColdPool, Connection, Pool, is_missing_schema, leave_to_parent, make_pool
 from langgraph_tiered_saver.config import TieredConfig
 from langgraph_tiered_saver.errors import ColdTierRejectedError, ConfigurationError, SaverClosedError, TieredSaverError
+from langgraph_tiered_saver.executor import DaemonExecutor
 from langgraph_tiered_saver.flusher import Flusher
 from langgraph_tiered_saver.hot import tier
-from langgraph_tiered_saver.hot.clients import AsyncRedis, LoopClients, SyncRedis
+from langgraph_tiered_saver.hot.clients import LoopClients, SyncRedis
 from langgraph_tiered_saver.hot.keys import Keyspace
 from langgraph_tiered_saver.stats import Counters, TieredStats
 
@@ -49,7 +50,6 @@ class Runtime:
         config: TieredConfig,
         *,
         close_client: bool,
-        given_async: AsyncRedis | None = None,
     ) -> None:
         self.client = client
         self.loops = loops
@@ -57,12 +57,11 @@ class Runtime:
         self.config = config
         self.backlog = Backlog(config)
         self.counters = Counters()
-        self.executor = ThreadPoolExecutor(config.postgres_pool_size, "langgraph-tiered-cold")
+        self.executor = DaemonExecutor(config.postgres_pool_size, "langgraph-tiered-cold")
         self.pid = os.getpid()
         self.ready = False
         self.closed = False
         self._close_client = close_client
-        self._given_async = given_async
         self._setup_lock = threading.Lock()
 
     # --- setup ---------------------------------------------------------------------------------------------------
@@ -120,7 +119,7 @@ class Runtime:
 
     def _set_up(self) -> dict[str, str]:
         recorded, floor = self.pool.run(
-            lambda connection: (schema.setup(connection, self.config), schema.last_sequence(connection))
+            lambda connection: (schema.setup(connection, self.config), schema.last_sequence(connection)), bounded=False
         )
         keyspace = Keyspace(self.config.key_prefix, int(recorded["shards"]), int(recorded["generation"]))
         return tier.write_meta(self.client, keyspace, {"format": _FORMAT, **recorded}, floor + 1)
@@ -130,8 +129,8 @@ class Runtime:
         if not self.config.auto_setup:
             return
         logger.warning("PostgreSQL's tables are missing; setting them up again")
-        with self.pool.connection() as connection:
-            schema.setup(connection, self.config)
+        with self.pool.connection(statements=0) as connection:
+            schema.setup(connection, self.config, repair=True)
 
     # --- use -----------------------------------------------------------------------------------------------------
 
@@ -186,14 +185,14 @@ class Runtime:
         self.closed = True
         self.drain(self.config.close_timeout)
         self.pool.close()
-        self.executor.shutdown(wait=False)
-        self.loops.close_others(keep=self._given_async)
+        self.executor.shutdown()
+        self.loops.close_others()
         if self._close_client:
             self.client.close()
 
     async def close_async_client(self) -> None:
         """Close the running loop's client."""
-        await self.loops.close_current(keep=self._given_async)
+        await self.loops.close_current()
 
 
 _abandoned: list[Any] = []
@@ -270,4 +269,5 @@ def clone_pool(given: Pool, config: TieredConfig) -> Pool:
     """Make a pool like the user's for a forked child, which must not share its parent's connections."""
     options = given.kwargs if isinstance(given.kwargs, dict) else {}
     conninfo = given.conninfo if isinstance(given.conninfo, str) else psycopg.conninfo.make_conninfo()
-    return make_pool(conninfo, config, {**options})
+    configure = getattr(given, "_configure", None)  # psycopg_pool has no public way to ask
+    return make_pool(conninfo, config, {**options, "autocommit": True, "row_factory": dict_row}, configure)

@@ -62,7 +62,7 @@ class Status:
         if self.quarantined_threads:
             parts.append(f"{len(self.quarantined_threads)} quarantined")
         if self.flush_errors:
-            parts.append(f"{self.flush_errors} flush errors")
+            parts.append(f"flush errors: {self.flush_errors}")
         return ", ".join(parts) + ("" if self.healthy else "; a tier is away")
 
 

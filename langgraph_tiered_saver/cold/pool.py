@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar, cast
 
 import psycopg
@@ -15,6 +16,7 @@ from psycopg.conninfo import conninfo_to_dict
 from psycopg.rows import DictRow, dict_row
 from psycopg_pool import ConnectionPool, PoolTimeout
 
+from langgraph_tiered_saver.cold.watchdog import Watchdog
 from langgraph_tiered_saver.config import TieredConfig
 from langgraph_tiered_saver.errors import (
     ColdTierRejectedError,
@@ -27,6 +29,9 @@ from langgraph_tiered_saver.redaction import redact
 T = TypeVar("T")
 Connection = psycopg.Connection[DictRow]
 Pool = ConnectionPool[Connection]
+
+# The server's own statement_timeout, where it works, gives the better message; so it goes first.
+_WATCHDOG_GRACE = 1.0
 
 # SQLSTATE classes and codes of refusals that pass by themselves or by an operator's hand.
 _PASSING_CLASSES = ("08", "40", "53", "57", "58")
@@ -69,17 +74,25 @@ def check_url(url: str) -> None:
 _connections: weakref.WeakSet[Connection] = weakref.WeakSet()
 
 
-def make_pool(url: str, config: TieredConfig, options: dict[str, Any] | None = None) -> Pool:
+def make_pool(
+    url: str,
+    config: TieredConfig,
+    options: dict[str, Any] | None = None,
+    configure_first: Callable[[Connection], None] | None = None,
+) -> Pool:
     """Make a pool, without connecting.
 
     Args:
         url: Connection string.
         config: Pool size, time-outs and schema.
         options: Connection arguments; ours if None.
+        configure_first: What else a new connection needs.
     """
 
     def configure(connection: Connection) -> None:
         _connections.add(connection)
+        if configure_first is not None:
+            configure_first(connection)
         set_search_path(connection, config.postgres_schema)
 
     return cast(
@@ -123,8 +136,8 @@ def set_search_path(connection: Connection, schema: str | None) -> None:
 class ColdPool:
     """Lends connections, each in autocommit mode and with the right `search_path`.
 
-    psycopg_pool replaces connections that broke; a call that met a broken one is made once more, which is harmless
-    because everything the cold tier does is idempotent.
+    psycopg_pool replaces connections that broke; a call that met a broken one is made again, which is harmless because
+    everything the cold tier does is idempotent.
     """
 
     def __init__(self, pool: Pool, config: TieredConfig, *, ours: bool) -> None:
@@ -132,46 +145,65 @@ class ColdPool:
         self._config = config
         self._ours = ours
         self._opened = False
+        self._watchdog = Watchdog()
 
-    def run(self, work: Callable[[Connection], T]) -> T:
+    def run(self, work: Callable[[Connection], T], *, bounded: bool = True) -> T:
         """Run a function on a connection.
 
+        Args:
+            work: The function.
+            bounded: It may take `postgres_statement_timeout` seconds.
+
         Raises:
-            ColdTierUnavailableError: PostgreSQL cannot be reached, or the pool had no connection in time.
+            ColdTierUnavailableError: PostgreSQL cannot be reached, did not answer in time, or the pool had no
+                connection in time.
             ColdTierRejectedError: PostgreSQL refused a statement for good.
         """
+        began = time.monotonic()
+        attempts = self._pool.max_size + 1
         try:
-            try:
-                with self.connection() as connection:
-                    return work(connection)
-            except (psycopg.OperationalError, psycopg.InterfaceError) as error:
-                if isinstance(error, PoolTimeout) or error.sqlstate is not None:
-                    raise
-                # The server went away and came back: the pool's other idle connections are as dead as this one.
-                self._pool.check()
-                with self.connection() as connection:
-                    return work(connection)
+            while True:
+                attempts -= 1
+                try:
+                    with self.connection(statements=1 if bounded else 0) as connection:
+                        return work(connection)
+                except (psycopg.OperationalError, psycopg.InterfaceError) as error:
+                    # A server that went away and came back left every idle connection of the pool dead.
+                    dead = self._opened and error.sqlstate is None and not isinstance(error, PoolTimeout)
+                    if not dead or not attempts or time.monotonic() - began > self._config.postgres_timeout:
+                        raise
         except psycopg.Error as error:
             raise self.translate(error) from error
 
     @contextmanager
-    def connection(self) -> Iterator[Connection]:
-        """Borrow a connection; psycopg's own errors come through."""
+    def connection(self, *, statements: int = 1) -> Iterator[Connection]:
+        """Borrow a connection; psycopg's own errors come through.
+
+        Args:
+            statements: How many times `postgres_statement_timeout` it may be used; then it is cut. 0: no bound.
+        """
         if not self._opened:
             self._open()
-        with self._pool.connection(timeout=self._config.postgres_timeout) as connection:
+        seconds = self._config.postgres_statement_timeout * statements
+        with ExitStack() as stack:
+            connection = stack.enter_context(self._pool.connection(timeout=self._config.postgres_timeout))
+            if seconds:
+                stack.enter_context(self._watchdog.guard(connection, seconds + _WATCHDOG_GRACE))
             if self._ours:
                 yield connection
                 return
             autocommit, rows = connection.autocommit, connection.row_factory
             connection.autocommit, connection.row_factory = True, dict_row
+            path = None
             try:
-                set_search_path(connection, self._config.postgres_schema)
+                if self._config.postgres_schema:
+                    path = connection.execute("SELECT current_setting('search_path') AS path").fetchone()
+                    set_search_path(connection, self._config.postgres_schema)
                 yield connection
             finally:
                 if not connection.closed:
-                    if self._config.postgres_schema:
-                        connection.execute("RESET search_path")
+                    if path is not None:
+                        connection.execute("SELECT set_config('search_path', %s, false)", (path["path"],))
                     connection.autocommit, connection.row_factory = autocommit, rows
 
     def translate(self, error: psycopg.Error) -> TieredSaverError:
@@ -190,6 +222,7 @@ class ColdPool:
 
     def close(self) -> None:
         """Close the pool if it is ours."""
+        self._watchdog.stop()
         if self._ours and self._opened:
             self._pool.close(timeout=self._config.close_timeout)
 

@@ -21,6 +21,11 @@ SELECT task_id, task_path, idx, channel, type, blob FROM checkpoint_writes
 WHERE thread_id = %s AND checkpoint_ns = %s AND checkpoint_id = %s ORDER BY task_id, idx"""
 
 
+READ_LATER_WRITES = """
+SELECT max(checkpoint_id) AS id FROM checkpoint_writes
+WHERE thread_id = %s AND checkpoint_ns = %s AND checkpoint_id > %s"""
+
+
 class RawValue(NamedTuple):
     """A stored value that was not deserialized."""
 
@@ -49,10 +54,12 @@ class ColdCheckpoint:
     Attributes:
         found: The tuple, its values still `RawValue`s.
         writes: Its pending writes, one record for each task.
+        later_writes: The last later checkpoint of the namespace that has writes, though it has not come itself; or "".
     """
 
     found: CheckpointTuple
     writes: Sequence[WritesRecord]
+    later_writes: str
 
     def load(self, serde: SerializerProtocol) -> CheckpointTuple:
         """Deserialize the values."""
@@ -67,8 +74,8 @@ class ColdCheckpoint:
         ]
         return self.found._replace(checkpoint={**checkpoint, "channel_values": values}, pending_writes=writes)
 
-    def warming(self) -> tuple[bytes, int, list[bytes]] | None:
-        """Give what makes it hot: the encoded record, its number of blobs, and its encoded writes.
+    def warming(self) -> tuple[bytes, int, str, list[bytes]] | None:
+        """Give what makes it hot: the encoded record, its number of blobs, `later_writes`, and its encoded writes.
 
         Returns:
             None for a checkpoint of an older format, which stays cold until the graph writes the next one.
@@ -94,7 +101,7 @@ class ColdCheckpoint:
             json.dumps(self.found.metadata).encode(),
             blobs,
         )
-        return encode(record), len(blobs), [encode(writes) for writes in self.writes]
+        return encode(record), len(blobs), self.later_writes, [encode(writes) for writes in self.writes]
 
 
 def read_checkpoint(
@@ -107,10 +114,10 @@ def read_checkpoint(
         return None
     writes: dict[tuple[str, str], list[tuple[int, str, bytes]]] = {}
     checkpoint_id = found.config["configurable"]["checkpoint_id"]
+    at = (position.thread_id, position.checkpoint_ns, checkpoint_id)
     if found.pending_writes:
-        parameters = (position.thread_id, position.checkpoint_ns, checkpoint_id)
         with connection.cursor(binary=True) as cursor:
-            for row in cursor.execute(READ_WRITES, parameters):
+            for row in cursor.execute(READ_WRITES, at):
                 value = pack_value((row["type"], row["blob"]))
                 task = writes.setdefault((row["task_id"], row["task_path"]), [])
                 task.append((row["idx"], row["channel"], value))
@@ -118,7 +125,8 @@ def read_checkpoint(
         WritesRecord(position.checkpoint_ns, checkpoint_id, task_id, task_path, False, task_writes)
         for (task_id, task_path), task_writes in writes.items()
     ]
-    return ColdCheckpoint(found, records)
+    later = connection.execute(READ_LATER_WRITES, at).fetchone()
+    return ColdCheckpoint(found, records, (later and later["id"]) or "")
 
 
 def read_list(

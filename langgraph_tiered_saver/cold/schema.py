@@ -35,10 +35,15 @@ SETUP_LOCK = -1  # second key; shards count from 0
 _LOCK_POLL = (0.05, 0.25)
 
 
-def setup(connection: Connection, config: TieredConfig) -> dict[str, str]:
+def setup(connection: Connection, config: TieredConfig, *, repair: bool = False) -> dict[str, str]:
     """Create or upgrade everything, and record the settings that must not change later.
 
     Safe from any number of processes at once, and on a database that PostgresSaver made or uses.
+
+    Args:
+        connection: In autocommit mode.
+        config: Schema, number of shards and time-out.
+        repair: Do everything again, because somebody dropped tables that are recorded as made.
 
     Returns:
         The recorded settings: `shards` and `generation`.
@@ -53,6 +58,9 @@ def setup(connection: Connection, config: TieredConfig) -> dict[str, str]:
             schema = sql.Identifier(config.postgres_schema)
             if not _schema_exists(connection, config.postgres_schema):
                 connection.execute(sql.SQL("CREATE SCHEMA IF NOT EXISTS {}").format(schema))
+        if repair:
+            # Every migration of either list may run again on what is there.
+            connection.execute("DROP TABLE IF EXISTS checkpoint_migrations, tiered_migrations")
         PostgresSaver(connection).setup()
         connection.execute("CREATE TABLE IF NOT EXISTS tiered_migrations (v INTEGER PRIMARY KEY)")
         row = connection.execute("SELECT coalesce(max(v), -1) AS v FROM tiered_migrations").fetchone()

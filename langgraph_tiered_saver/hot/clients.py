@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import inspect
 import threading
-from collections.abc import Awaitable, Callable
-from typing import Any, cast
+import weakref
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import redis
@@ -27,6 +28,7 @@ _RETRY_CAP = 0.25
 
 SyncRedis = Any  # redis.Redis or redis.RedisCluster; their stubs share no base with both calls we make
 AsyncRedis = Any
+_Holder = AsyncGenerator[None, None]
 
 
 def from_url(url: str, config: TieredConfig) -> tuple[SyncRedis, Callable[[], AsyncRedis]]:
@@ -55,12 +57,12 @@ def from_url(url: str, config: TieredConfig) -> tuple[SyncRedis, Callable[[], As
     except (ValueError, TypeError, AttributeError) as error:
         reason = redact(str(error), secrets_in=url)
         raise ConfigurationError(f"The Redis URL {redact(url)!r} cannot be read: {reason}.") from None
-    client = redis.Redis(connection_pool=pool)
+    client = redis.Redis.from_pool(pool)
     check_decoding(client)
 
     def make_async() -> AsyncRedis:
-        return aioredis.Redis(
-            connection_pool=aioredis.BlockingConnectionPool.from_url(
+        return aioredis.Redis.from_pool(
+            aioredis.BlockingConnectionPool.from_url(
                 url, **options, retry=_retry(AsyncRetry, redis.ConnectionError, config)
             )
         )
@@ -93,8 +95,8 @@ def derive_async(client: SyncRedis, config: TieredConfig) -> Callable[[], AsyncR
         )
     options = _accepted_by(counterpart, pool.connection_kwargs)
     options["retry"] = _retry(AsyncRetry, redis.ConnectionError, config)
-    return lambda: aioredis.Redis(
-        connection_pool=aioredis.BlockingConnectionPool(
+    return lambda: aioredis.Redis.from_pool(
+        aioredis.BlockingConnectionPool(
             connection_class=counterpart,
             max_connections=config.redis_pool_size,
             timeout=config.redis_timeout,
@@ -162,44 +164,68 @@ def _derive_cluster(client: Any) -> AsyncRedis:
 
 
 class LoopClients:
-    """One asynchronous client for each event loop, because its connections belong to the loop."""
+    """One asynchronous client for each event loop, because its connections belong to the loop.
+
+    A client is closed with its loop: an asynchronous generator that waits on the loop holds it, and ending a loop
+    (`asyncio.run` does it, by `shutdown_asyncgens`) ends its generators first.
+    """
 
     def __init__(self, make: Callable[[], AsyncRedis], given: AsyncRedis | None = None) -> None:
-        """Remember how to make clients; `given` serves the first loop that asks."""
+        """Remember how to make clients; `given` serves the first loop that asks, and is not closed."""
         self._make = make
         self._given = given
-        self._clients: WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncRedis] = WeakKeyDictionary()
+        self._open: WeakKeyDictionary[asyncio.AbstractEventLoop, tuple[AsyncRedis, _Holder]] = WeakKeyDictionary()
         self._lock = threading.Lock()
 
-    def current(self) -> AsyncRedis:
-        """Give the running loop's client."""
+    def current(self) -> AsyncRedis | None:
+        """Give the running loop's client, if it has one."""
+        found = self._open.get(asyncio.get_running_loop())
+        return found[0] if found is not None else None
+
+    async def open(self) -> AsyncRedis:
+        """Make the running loop's client."""
         loop = asyncio.get_running_loop()
-        client = self._clients.get(loop)
-        if client is None:
-            with self._lock:
-                # A client's connections refer to their loop, so a loop that ended would stay for ever.
-                for ended in [known for known in self._clients if known.is_closed()]:
-                    del self._clients[ended]
-                if self._given is not None:
-                    client, self._given = self._given, None
-                else:
-                    client = self._make()
-                self._clients[loop] = client
+        with self._lock:
+            if (found := self._open.get(loop)) is not None:
+                return found[0]
+            given, self._given = self._given, None
+            client = self._make() if given is None else given
+            holder = self._hold(weakref.ref(loop), client, ours=given is None)
+            self._open[loop] = client, holder
+        await holder.__anext__()
         return client
 
-    async def close_current(self, *, keep: AsyncRedis | None = None) -> None:
-        """Close the running loop's client, unless it is the user's."""
+    async def close_current(self) -> None:
+        """Close the running loop's client."""
         with self._lock:
-            client = self._clients.pop(asyncio.get_running_loop(), None)
-        if client is not None and client is not keep:
-            await client.aclose()
+            found = self._open.pop(asyncio.get_running_loop(), None)
+        if found is not None:
+            await found[1].aclose()
 
-    def close_others(self, *, keep: AsyncRedis | None = None) -> None:
-        """Ask every other loop that still runs to close its client; connections of dead loops are just dropped."""
+    def close_others(self) -> None:
+        """Ask every other loop that still runs to close its client."""
         with self._lock:
-            others = list(self._clients.items())
-            self._clients.clear()
-        for loop, client in others:
-            if client is not keep and loop.is_running():
-                closing = cast("Callable[[], Awaitable[None]]", client.aclose)
-                loop.call_soon_threadsafe(lambda c=closing, at=loop: at.create_task(c()))  # type: ignore[misc]
+            others = [(loop, holder) for loop, (_, holder) in self._open.items()]
+            self._open.clear()
+        for loop, holder in others:
+            if loop.is_running():
+                loop.call_soon_threadsafe(_close_soon, loop, holder)
+
+    async def _hold(self, loop: weakref.ref[asyncio.AbstractEventLoop], client: AsyncRedis, *, ours: bool) -> _Holder:
+        try:
+            yield
+        finally:
+            if (ending := loop()) is not None:
+                self._open.pop(ending, None)
+            if ours:
+                await client.aclose()
+
+
+def _close_soon(loop: asyncio.AbstractEventLoop, holder: _Holder) -> None:
+    task = loop.create_task(holder.aclose())
+    # The loop holds its tasks weakly.
+    _closing.add(task)
+    task.add_done_callback(_closing.discard)
+
+
+_closing: set[asyncio.Task[None]] = set()

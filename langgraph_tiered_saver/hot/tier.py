@@ -117,6 +117,7 @@ class HotCalls:
         token: str,
         checkpoint: bytes,
         blob_count: int,
+        later_writes: str,
         writes: Iterable[bytes],
     ) -> HotCall:
         """Make a checkpoint hot that was read from the cold tier, if the lease still stands."""
@@ -124,7 +125,7 @@ class HotCalls:
         return HotCall(
             scripts.WARM,
             (keys.hot(checkpoint_ns), keys.namespaces),
-            (token, checkpoint, blob_count, self._ttl, self._namespaces_ttl, *writes),
+            (token, checkpoint, blob_count, self._ttl, self._namespaces_ttl, later_writes.encode(), *writes),
         )
 
     def maintain(self, thread_id: str, payload: bytes, *, supersedes: bool) -> HotCall:

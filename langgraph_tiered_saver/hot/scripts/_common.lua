@@ -30,6 +30,11 @@ local function keep_alive(hot, namespaces, ttl, namespaces_ttl, sequence, renewe
   end
 end
 
+-- Names the shard's field that says which checkpoint's writes came while nothing was hot.
+local function early_mark(thread, ns)
+  return 'u:' .. #thread .. ':' .. thread .. ns
+end
+
 -- Split a run of byte strings with their lengths in front.
 local function unframe(bytes)
   local parts, count, at, length = {}, 0, 1, #bytes

@@ -4,7 +4,10 @@
 -- ARGV: thread, record, stem of the thread's hot keys, '1' = the records before it need not be flushed
 -- Returns {sequence number, the previous record's}.
 -- The hot keys share the declared keys' hash tag.
-for _, ns in ipairs(redis.call('SMEMBERS', KEYS[4])) do redis.call('DEL', ARGV[3] .. ns) end
+for _, ns in ipairs(redis.call('SMEMBERS', KEYS[4])) do
+  redis.call('DEL', ARGV[3] .. ns)
+  if ARGV[4] == '1' then redis.call('HDEL', KEYS[2], early_mark(ARGV[1], ns)) end
+end
 redis.call('DEL', KEYS[4])
 if ARGV[4] == '1' then
   redis.call('DEL', KEYS[1])

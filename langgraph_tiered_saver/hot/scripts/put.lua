@@ -48,6 +48,15 @@ end
 -- 'u': up to this checkpoint, the hot state may be incomplete and the cold tier must be asked. Where nothing was hot,
 -- writes that came before their checkpoint may be missing. Where nothing or another branch was, so may the last
 -- snapshot of a delta channel, which its descendants name without carrying it; that lasts until the hash is warmed.
+if not current then
+  local mark = early_mark(ARGV[1], record[2])
+  local early = redis.call('HGET', KEYS[3], mark)
+  if early and early <= id then redis.call('HDEL', KEYS[3], mark) end
+  if early and (not uncertain or uncertain < early) then
+    uncertain = early
+    fields = {'u', early}
+  end
+end
 local delta = ARGV[8] == '1'
 -- Before format 4, a checkpoint's pending sends are writes of its parent, which the library's reader merges.
 local sends = ARGV[9] == '1' and parent ~= '' and has_sends(hot, current, parent)

@@ -12,7 +12,11 @@ if known[3] then redis.call('HDEL', hot, 'l') end
 if current and id < current then return reply end
 if not current then
   -- Earlier writes of the same checkpoint may have left the hot tier; whoever reads it must ask the cold one.
-  if not known[2] or known[2] < id then redis.call('HSET', hot, 'u', id) end
+  -- The shard keeps that in mind too, because the hash may be evicted before the checkpoint comes.
+  if not known[2] or known[2] < id then
+    redis.call('HSET', hot, 'u', id)
+    redis.call('HSET', KEYS[3], early_mark(ARGV[1], record[2]), id)
+  end
   redis.call('SADD', KEYS[5], record[2])
 else
   local command = record[6] == '1' and 'HSET' or 'HSETNX'

@@ -1,7 +1,7 @@
 -- Make what was read from the cold tier hot, if the lease still stands.
 -- KEYS: hot hash, namespaces
--- ARGV: token, checkpoint record, number of blobs, ttl in ms ('0' = none), ttl of the namespaces, one record of writes
---       for each task...
+-- ARGV: token, checkpoint record, number of blobs, ttl in ms ('0' = none), ttl of the namespaces, the last later
+--       checkpoint that the cold tier has writes of (or ''), one record of writes for each task...
 -- Returns 1 if it became hot, else 0.
 local hot = KEYS[1]
 if redis.call('HGET', hot, 'l') ~= ARGV[1] then return 0 end
@@ -9,7 +9,8 @@ local record = unframe(ARGV[2])
 local id = record[3]
 -- Writes of a later checkpoint may be here before it: whoever reads that one must ask the cold tier.
 local early = redis.call('HGET', hot, 'u')
-if not early or early <= id then early = nil end
+if not early or early < ARGV[6] then early = ARGV[6] end
+if early <= id then early = nil end
 for _, name in ipairs(redis.call('HKEYS', hot)) do
   if string.sub(name, 1, 2) == 'w:' then
     local of = string.sub(name, 3, string.find(name, '\0', 3, true) - 1)
@@ -23,7 +24,7 @@ for i = 7, #record, 3 do
   redis.call('HSET', hot, 'v:' .. record[i], record[i + 1], 'b:' .. record[i], record[i + 2])
 end
 local count = 0
-for i = 6, #ARGV do
+for i = 7, #ARGV do
   local writes = unframe(ARGV[i])
   local stem = 'w:' .. id .. '\0' .. writes[4] .. '\0'
   for j = 7, #writes, 3 do
