@@ -92,6 +92,7 @@ class Backlog:
         self._memory = 0
         self._flusher_waits = False
         self._room_waiters: list[Ticket] = []
+        self._waiting = 0  # tickets that are not resolved; while there are any, nobody lingers
         self._hurry = False
 
     # --- writers -------------------------------------------------------------------------------------------------
@@ -123,6 +124,7 @@ class Backlog:
             self._memory += size if keep else 0
             if ticket is not None:
                 queue.tickets.append((sequence, ticket))
+                self._waiting += 1
                 self._hurry = True
             if self._flusher_waits or ticket is not None:
                 self._changed.notify_all()
@@ -141,6 +143,7 @@ class Backlog:
                 queue = self._queue(thread_id)
                 queue.adopt = True
                 queue.settling.append(ticket)
+            self._waiting += len(tickets)
             self._hurry = True
             self._changed.notify_all()
         return tickets
@@ -188,6 +191,7 @@ class Backlog:
                     queue.tickets.append((queue.entries[-1].sequence, ticket))
                     tickets.append(ticket)
             refused = list(self._quarantined.values())
+            self._waiting += len(tickets)
             self._hurry = True
             self._changed.notify_all()
         for error in refused:
@@ -216,7 +220,9 @@ class Backlog:
         """Wait for company, unless somebody waits for the flush or a batch is full already."""
         deadline = time.monotonic() + seconds
         with self._changed:
-            while not self._hurry and self._records < self._config.flush_max_records:
+            while not (
+                self._hurry or self._waiting or self._room_waiters or self._records >= self._config.flush_max_records
+            ):
                 left = deadline - time.monotonic()
                 if left <= 0 or not self._changed.wait(left):
                     return
@@ -281,7 +287,8 @@ class Backlog:
                 else:
                     done += queue.planned_settling
                 queue.planned_settling = []
-                self._finish(thread_id, queue)
+                done += self._finish(thread_id, queue)
+            self._waiting -= len(done)
             if self._room_waiters and self.has_room():
                 done += self._room_waiters
                 self._room_waiters = []
@@ -300,7 +307,8 @@ class Backlog:
                     queue.planned_settling, queue.settling = [], []
                     # What this process does not hold itself is left to the sweep.
                     queue.adopt = False
-                    self._finish(thread_id, queue)
+                    tickets += self._finish(thread_id, queue)
+            self._waiting -= len(tickets)
         for ticket in tickets:
             _resolve(ticket, error)
 
@@ -318,6 +326,7 @@ class Backlog:
                 for entry in queue.entries:
                     self._release(entry)
                 tickets = [ticket for _, ticket in queue.tickets] + queue.planned_settling + queue.settling
+                self._waiting -= len(tickets)
         for ticket in tickets:
             _resolve(ticket, error)
 
@@ -334,7 +343,7 @@ class Backlog:
         """
         with self._changed:
             queues, self._queues = list(self._queues.values()), OrderedDict()
-            left, self._records, self._bytes, self._memory = self._records, 0, 0, 0
+            left, self._records, self._bytes, self._memory, self._waiting = self._records, 0, 0, 0, 0
             waiters, self._room_waiters = self._room_waiters, []
         for queue in queues:
             for ticket in [t for _, t in queue.tickets] + queue.planned_settling + queue.settling:
@@ -383,17 +392,20 @@ class Backlog:
         self._bytes -= entry.size
         self._memory -= entry.size if entry.payload is not None else 0
 
-    def _finish(self, thread_id: str, queue: _Queue) -> None:
-        """Forget an empty queue; move one with work left behind those that wait longer."""
+    def _finish(self, thread_id: str, queue: _Queue) -> list[Ticket]:
+        """Forget an empty queue; move one with work left behind those that wait longer.
+
+        Returns:
+            Tickets of records that a forgotten queue does not hold any more, to be resolved.
+        """
         if queue.entries or queue.adopt or queue.settling or queue.planned_settling:
             self._queues.move_to_end(thread_id)
-            return
+            return []
         self._queues.pop(thread_id, None)
-        for _, ticket in queue.tickets:
-            _resolve(ticket, None)
         self._flushed[thread_id] = queue.flushed
         while len(self._flushed) > _REMEMBERED_THREADS:
             self._flushed.popitem(last=False)
+        return [ticket for _, ticket in queue.tickets]
 
 
 def _resolve(ticket: Ticket, error: BaseException | None) -> None:

@@ -161,6 +161,19 @@ def position_of(config: RunnableConfig | None, *, what: str) -> ThreadPosition:
     )
 
 
+def check_filter(filter: Mapping[str, Any] | None) -> None:
+    """Check that a metadata filter is something PostgreSQL's JSON can contain.
+
+    Raises:
+        InvalidInputError: it is not.
+    """
+    if filter and not (isinstance(filter, Mapping) and _is_json(filter)):
+        raise InvalidInputError(
+            "filter must be a dict of JSON values without NUL, NaN or lone surrogates: it is matched against the "
+            "checkpoints' metadata, which is JSON."
+        )
+
+
 def text_of(value: object, what: str) -> str:
     """Check that a name can be stored as text in both tiers.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -106,11 +107,13 @@ class TieredConfig:
     """Most PostgreSQL connections of this process; one of them is the flusher's."""
 
     def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            _check_type(name, getattr(self, name), get_args(hint) or (hint,))
         _check(bool(_KEY_PREFIX.fullmatch(self.key_prefix)), "key_prefix", self.key_prefix,
                "1 to 64 letters, digits, '_', '.' or '-'")  # fmt: skip
         schema = self.postgres_schema
         if schema is not None:
-            usable = 0 < len(schema.encode(errors="replace")) <= _POSTGRES_IDENTIFIER_BYTES
+            usable = 0 < len(schema.encode(errors="replace")) <= _POSTGRES_IDENTIFIER_BYTES and _is_text(schema)
             usable = usable and "\0" not in schema and not schema.startswith("pg_") and schema != "$user"
             _check(usable, "postgres_schema", schema, "1 to 63 bytes, not '$user' and not starting with 'pg_'")
         _check(self.write_mode in get_args(WriteMode), "write_mode", self.write_mode, "'behind' or 'through'")
@@ -168,6 +171,27 @@ class TieredConfig:
 def _check(condition: bool, name: str, value: object, allowed: str) -> None:
     if not condition:
         raise ConfigurationError(f"{name}={value!r} cannot be used: it must be {allowed}.")
+
+
+def _check_type(name: str, value: object, kinds: tuple[Any, ...]) -> None:
+    """Refuse a value of another type; a whole number will do for seconds, but not infinity or True."""
+    if isinstance(value, bool):
+        _check(bool in kinds, name, value, "another type than bool")
+    elif isinstance(value, (int, float)):
+        _check(float in kinds or (int in kinds and isinstance(value, int)), name, value, "a whole number")
+        _check(math.isfinite(value), name, value, "a finite number")
+    elif isinstance(value, str):
+        _check(bool({str, "behind"} & set(kinds)), name, value, "a number" if bool not in kinds else "True or False")
+    else:
+        _check(value is None and type(None) in kinds, name, value, "a number, a text, True or False")
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _parse(name: str, text: str, hint: Any) -> Any:

@@ -221,6 +221,7 @@ def list_page(
     limit: int | None,
 ) -> Operation[list[CheckpointTuple]]:
     """Read checkpoints as `PostgresSaver.list` does, once PostgreSQL has everything that was acknowledged."""
+    codec.check_filter(filter)
     wanted: RunnableConfig | None = None
     if not config:
         yield from ready(runtime)

@@ -63,6 +63,8 @@ class Runtime:
         self.closed = False
         self._close_client = close_client
         self._setup_lock = threading.Lock()
+        self._attempts = 0
+        self._failure: TieredSaverError | None = None
 
     # --- setup ---------------------------------------------------------------------------------------------------
 
@@ -76,46 +78,60 @@ class Runtime:
             ConfigurationError: Redis cannot be used, or nothing was set up and `auto_setup` is off.
             HotTierUnavailableError, ColdTierUnavailableError, ColdTierRejectedError: a tier cannot be used.
         """
+        attempts = self._attempts
         with self._setup_lock:
             if self.ready and not explicit:
                 return
-            evicts = tier.check_server(self.client, self.config)
-            meta = tier.read_meta(self.client, self.config.key_prefix)
-            if not meta or explicit:
-                if not (explicit or self.config.auto_setup):
-                    raise ConfigurationError(
-                        f"Nothing is set up under key prefix {self.config.key_prefix!r} and auto_setup is off. "
-                        "Call setup() or asetup() once; nothing was written."
-                    )
-                meta = self._set_up()
-            if meta.get("format") != _FORMAT:
+            if self._failure is not None and self._attempts > attempts:
+                # Somebody tried while this call waited; its turn would only take as long again.
+                raise type(self._failure)(*self._failure.args) from self._failure
+            try:
+                self._open(explicit=explicit)
+                self._failure = None
+            except TieredSaverError as error:
+                self._failure = error
+                raise
+            finally:
+                self._attempts += 1
+
+    def _open(self, *, explicit: bool) -> None:
+        evicts = tier.check_server(self.client, self.config)
+        meta = tier.read_meta(self.client, self.config.key_prefix)
+        if not meta or explicit:
+            if not (explicit or self.config.auto_setup):
                 raise ConfigurationError(
-                    f"Redis holds data of format {meta.get('format')!r} under key prefix {self.config.key_prefix!r}, "
-                    f"but this version reads {_FORMAT!r}. Upgrade, or choose another key_prefix."
+                    f"Nothing is set up under key prefix {self.config.key_prefix!r} and auto_setup is off. "
+                    "Call setup() or asetup() once; nothing was written."
                 )
-            shards = int(meta["shards"])
-            if shards != self.config.shard_count:
-                logger.warning(
-                    "shard_count=%d is ignored: %d was recorded at the first setup",
-                    self.config.shard_count,
-                    shards,
-                )
-            if not self.ready:
-                keyspace = Keyspace(self.config.key_prefix, shards, int(meta["generation"]))
-                self.calls = tier.HotCalls(keyspace, self.config, evicts=evicts)
-                self.flusher = Flusher(
-                    self.backlog,
-                    self.client,
-                    self.calls,
-                    self.pool,
-                    self.config,
-                    self.counters,
-                    self._repair_schema,
-                )
-                self.flusher.start()
-                # Registered late, so that it runs before anything that was started earlier is stopped.
-                atexit.register(_drain_at_exit, weakref.ref(self))
-                self.ready = True
+            meta = self._set_up()
+        if meta.get("format") != _FORMAT:
+            raise ConfigurationError(
+                f"Redis holds data of format {meta.get('format')!r} under key prefix {self.config.key_prefix!r}, "
+                f"but this version reads {_FORMAT!r}. Upgrade, or choose another key_prefix."
+            )
+        shards = int(meta["shards"])
+        if shards != self.config.shard_count:
+            logger.warning(
+                "shard_count=%d is ignored: %d was recorded at the first setup",
+                self.config.shard_count,
+                shards,
+            )
+        if not self.ready:
+            keyspace = Keyspace(self.config.key_prefix, shards, int(meta["generation"]))
+            self.calls = tier.HotCalls(keyspace, self.config, evicts=evicts)
+            self.flusher = Flusher(
+                self.backlog,
+                self.client,
+                self.calls,
+                self.pool,
+                self.config,
+                self.counters,
+                self._repair_schema,
+            )
+            self.flusher.start()
+            # Registered late, so that it runs before anything that was started earlier is stopped.
+            atexit.register(_drain_at_exit, weakref.ref(self))
+            self.ready = True
 
     def _set_up(self) -> dict[str, str]:
         recorded, floor = self.pool.run(

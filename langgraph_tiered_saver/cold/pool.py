@@ -60,14 +60,26 @@ def check_url(url: str) -> None:
     """
     if not isinstance(url, str) or not url.strip():
         raise ConfigurationError("The PostgreSQL URL is empty. Pass postgresql://user:password@host:port/database.")
-    try:
-        conninfo_to_dict(url)
-    except psycopg.Error as error:
-        reason = redact(str(error), secrets_in=url).strip()
+    if not _is_readable(url):
+        # Not raised while libpq's error is handled: that error shows the URL, or a piece of it.
         raise ConfigurationError(
-            f"The PostgreSQL URL {redact(url)!r} cannot be read ({reason}). "
-            "Pass postgresql://user:password@host:port/database."
-        ) from None
+            "The PostgreSQL URL cannot be read, or one of its options is unknown. Percent-encode special characters of "
+            "the user name and password, and leave out a driver's name (+psycopg, +asyncpg); the form is "
+            "postgresql://user:password@host:port/database, or any libpq connection string."
+        )
+
+
+def _is_readable(url: str) -> bool:
+    try:
+        found = conninfo_to_dict(url)
+    except (psycopg.Error, ValueError):
+        return False
+    if not url.startswith(("postgresql://", "postgres://")):
+        return True
+    # A password that was not percent-encoded ends early, and its rest becomes part of something else.
+    rest = "".join(str(found.get(name) or "") for name in ("host", "dbname", "user"))
+    ports = str(found.get("port") or "0").split(",")
+    return set("@ ").isdisjoint(rest) and all(port.isdigit() for port in ports if port)
 
 
 # Our pools' open connections, for `leave_to_parent`.
@@ -230,7 +242,10 @@ class ColdPool:
         if self._ours and self._pool.closed:
             # The pool would only say that it had no connection in time; this says why, at once.
             options = self._pool.kwargs
-            psycopg.connect(str(self._pool.conninfo), **(options if isinstance(options, dict) else {})).close()
+            try:
+                psycopg.connect(str(self._pool.conninfo), **(options if isinstance(options, dict) else {})).close()
+            except UnicodeError:
+                raise ConfigurationError("The host name in the PostgreSQL URL is not one; correct it.") from None
             self._pool.open()
         self._opened = True
 

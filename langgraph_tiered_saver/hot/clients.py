@@ -20,9 +20,9 @@ from redis.sentinel import SentinelConnectionPool
 
 from langgraph_tiered_saver.config import TieredConfig
 from langgraph_tiered_saver.errors import ConfigurationError
-from langgraph_tiered_saver.redaction import redact
 
 _SCHEMES = ("redis://", "rediss://", "unix://")
+_LARGEST_PORT = 65535
 _RETRY_BASE = 0.02
 _RETRY_CAP = 0.25
 
@@ -42,9 +42,7 @@ def from_url(url: str, config: TieredConfig) -> tuple[SyncRedis, Callable[[], As
         ConfigurationError: the URL cannot be read. Its password is not repeated.
     """
     if not isinstance(url, str) or not url.startswith(_SCHEMES):
-        raise ConfigurationError(
-            f"The Redis URL {redact(str(url))!r} cannot be used: it must start with {', '.join(_SCHEMES)}."
-        )
+        raise ConfigurationError(f"The Redis URL cannot be used: it must start with {', '.join(_SCHEMES)}.")
     options = {
         "socket_timeout": config.redis_timeout,
         "socket_connect_timeout": config.redis_timeout,
@@ -52,11 +50,14 @@ def from_url(url: str, config: TieredConfig) -> tuple[SyncRedis, Callable[[], As
         "max_connections": config.redis_pool_size,
         "protocol": 2,
     }
-    try:
-        pool = redis.BlockingConnectionPool.from_url(url, **options, retry=_retry(Retry, redis.ConnectionError, config))
-    except (ValueError, TypeError, AttributeError) as error:
-        reason = redact(str(error), secrets_in=url)
-        raise ConfigurationError(f"The Redis URL {redact(url)!r} cannot be read: {reason}.") from None
+    pool = _parsed(url, options, config)
+    if pool is None:
+        # Not raised while the parser's error is handled: that error shows pieces of the URL.
+        raise ConfigurationError(
+            "The Redis URL cannot be read: its host, port, database or one of its options is malformed or unknown. "
+            "Percent-encode special characters of the user name and password; the form is "
+            "redis://user:password@host:port/database?option=value."
+        )
     client = redis.Redis.from_pool(pool)
     check_decoding(client)
 
@@ -68,6 +69,17 @@ def from_url(url: str, config: TieredConfig) -> tuple[SyncRedis, Callable[[], As
         )
 
     return client, make_async
+
+
+def _parsed(url: str, options: dict[str, Any], config: TieredConfig) -> Any:
+    """Make a pool and, to see whether all options are known, a connection of it that connects to nothing."""
+    try:
+        pool = redis.BlockingConnectionPool.from_url(url, **options, retry=_retry(Retry, redis.ConnectionError, config))
+        pool.connection_class(**pool.connection_kwargs)
+        host, port = pool.connection_kwargs.get("host", ""), pool.connection_kwargs.get("port", 0)
+    except (ValueError, TypeError, AttributeError, redis.RedisError):
+        return None
+    return pool if set("@/?# ").isdisjoint(str(host)) and 0 <= int(port or 0) <= _LARGEST_PORT else None
 
 
 def derive_async(client: SyncRedis, config: TieredConfig) -> Callable[[], AsyncRedis]:

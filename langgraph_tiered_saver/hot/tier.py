@@ -36,6 +36,18 @@ _PASSING = ("LOADING", "READONLY", "OOM", "MISCONF", "MASTERDOWN", "CLUSTERDOWN"
             "NOAUTH", "WRONGPASS")  # fmt: skip
 
 
+# Where redis-py has a class for a refusal, it cuts the word off.
+_PASSING_ERRORS = (
+    redis.exceptions.ReadOnlyError,
+    redis.exceptions.OutOfMemoryError,
+    redis.exceptions.TryAgainError,
+    redis.exceptions.ClusterDownError,
+    redis.exceptions.MasterDownError,
+)
+# What a call of redis-py may raise; UnicodeError for a host name that cannot be encoded.
+REDIS_ERRORS = (redis.RedisError, OSError, UnicodeError)
+
+
 @dataclass(frozen=True)
 class HotCall:
     """One script call: the script, its keys and its arguments."""
@@ -173,9 +185,13 @@ def check_size(payload: bytes) -> bytes:
 def translate(error: Exception) -> TieredSaverError:
     """Turn a redis-py error into ours."""
     text = redact(str(error)) or type(error).__name__
+    if isinstance(error, UnicodeError):
+        return ConfigurationError("The host name in the Redis URL is not one; correct it.")
     authentication = isinstance(error, redis.AuthenticationError)
     # Inside a script, the refusal stands somewhere in the text instead of in front.
-    if isinstance(error, redis.ResponseError) and not authentication and not any(word in text for word in _PASSING):
+    if isinstance(error, redis.ResponseError) and not (
+        authentication or isinstance(error, _PASSING_ERRORS) or any(word in text for word in _PASSING)
+    ):
         return HotTierRejectedError(f"Redis refused a command: {text}. Nothing was acknowledged.")
     if authentication:
         hint = "Check the user name and password in the Redis URL."
@@ -200,7 +216,7 @@ def run(client: SyncRedis, call: HotCall) -> Any:
             return client.execute_command("EVALSHA", call.script.digest, len(call.keys), *call.keys, *call.arguments)
         except redis.exceptions.NoScriptError:
             return client.execute_command("EVAL", call.script.text, len(call.keys), *call.keys, *call.arguments)
-    except (redis.RedisError, OSError) as error:
+    except REDIS_ERRORS as error:
         raise translate(error) from error
 
 
@@ -213,7 +229,7 @@ async def arun(client: AsyncRedis, call: HotCall) -> Any:
             )
         except redis.exceptions.NoScriptError:
             return await client.execute_command("EVAL", call.script.text, len(call.keys), *call.keys, *call.arguments)
-    except (redis.RedisError, OSError) as error:
+    except REDIS_ERRORS as error:
         raise translate(error) from error
 
 
@@ -230,7 +246,7 @@ def run_many(client: SyncRedis, calls: Sequence[HotCall]) -> list[Any]:
         for call in calls:
             pipeline.execute_command("EVALSHA", call.script.digest, len(call.keys), *call.keys, *call.arguments)
         replies = cast("list[Any]", pipeline.execute(raise_on_error=False))
-    except (redis.RedisError, OSError) as error:
+    except REDIS_ERRORS as error:
         raise translate(error) from error
     for index, reply in enumerate(replies):
         if isinstance(reply, redis.exceptions.NoScriptError):
@@ -244,7 +260,7 @@ def read_hash(client: SyncRedis, key: bytes) -> dict[bytes, bytes]:
     """Read a whole hash, in one round trip."""
     try:
         return cast("dict[bytes, bytes]", client.hgetall(key))
-    except (redis.RedisError, OSError) as error:
+    except REDIS_ERRORS as error:
         raise translate(error) from error
 
 
@@ -252,7 +268,7 @@ async def aread_hash(client: AsyncRedis, key: bytes) -> dict[bytes, bytes]:
     """Do what `read_hash` does, on an asynchronous client."""
     try:
         return cast("dict[bytes, bytes]", await client.hgetall(key))
-    except (redis.RedisError, OSError) as error:
+    except REDIS_ERRORS as error:
         raise translate(error) from error
 
 
@@ -261,7 +277,7 @@ def acquire_sweep(client: SyncRedis, config: TieredConfig) -> bool:
     try:
         key = sweep_key(config.key_prefix)
         return bool(client.set(key, b"1", nx=True, px=max(1, int(config.sweep_interval * 1000))))
-    except (redis.RedisError, OSError) as error:
+    except REDIS_ERRORS as error:
         raise translate(error) from error
 
 
@@ -272,7 +288,7 @@ def dirty_threads(client: SyncRedis, keyspace: Keyspace) -> list[str]:
         for shard in range(keyspace.shards):
             pipeline.zrange(keyspace.dirty(shard), 0, -1)
         return [name.decode() for names in pipeline.execute() for name in names]
-    except (redis.RedisError, OSError) as error:
+    except REDIS_ERRORS as error:
         raise translate(error) from error
 
 
@@ -288,7 +304,7 @@ def check_server(client: SyncRedis, config: TieredConfig) -> bool:
     """
     try:
         servers, memories = client.info("server"), client.info("memory")
-    except (redis.RedisError, OSError) as error:
+    except REDIS_ERRORS as error:
         raise translate(error) from error
     cluster = isinstance(client, redis.RedisCluster)
     for server in servers.values() if cluster else [servers]:
@@ -315,7 +331,7 @@ def read_meta(client: SyncRedis, prefix: str) -> dict[str, str]:
     """Read what the installation was set up with; empty if it was not."""
     try:
         found = cast("dict[bytes, bytes]", client.hgetall(meta_key(prefix)))
-    except (redis.RedisError, OSError) as error:
+    except REDIS_ERRORS as error:
         raise translate(error) from error
     return {name.decode(): value.decode() for name, value in found.items()}
 
@@ -338,6 +354,6 @@ def write_meta(client: SyncRedis, keyspace: Keyspace, values: Mapping[str, str],
             run(client, HotCall(scripts.CLOCK, (keyspace.shard(shard),), (clock_floor,)))
         for name, value in values.items():
             client.hsetnx(key, name, value)
-    except (redis.RedisError, OSError) as error:
+    except REDIS_ERRORS as error:
         raise translate(error) from error
     return read_meta(client, keyspace.prefix)
