@@ -155,5 +155,7 @@ def decode(payload: bytes) -> Record:
         writes = [(int(parts[i]), parts[i + 1].decode(), parts[i + 2]) for i in range(6, len(parts), 3)]
         return WritesRecord(ns, checkpoint_id, task_id, task_path, parts[5] == b"1", writes)
     if kind == MAINTENANCE and len(parts) == 3:
-        return MaintenanceRecord(parts[1].decode(), json.loads(parts[2]))
+        arguments = json.loads(parts[2])
+        if isinstance(arguments, dict):
+            return MaintenanceRecord(parts[1].decode(), arguments)
     raise ValueError(f"not a journal record this version knows (kind {kind!r:.20}, {len(parts)} parts)")

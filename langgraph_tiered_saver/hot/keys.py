@@ -10,6 +10,9 @@ from __future__ import annotations
 import zlib
 from dataclasses import dataclass
 
+# 16 KiB for each shard.
+_SEEN_BITS = 1 << 17
+
 
 @dataclass(frozen=True)
 class ThreadKeys:
@@ -19,11 +22,20 @@ class ThreadKeys:
     shard: bytes
     dirty: bytes
     namespaces: bytes
+    seen: bytes
     hot_stem: bytes
 
     def hot(self, checkpoint_ns: str) -> bytes:
         """Name the hash that holds the latest checkpoint of a namespace."""
         return self.hot_stem + checkpoint_ns.encode()
+
+
+def seen_bit(thread_id: str, checkpoint_ns: str) -> int:
+    """Give the bit of a thread and namespace among those that a shard has seen.
+
+    Two may share one: whoever finds it set knows nothing, whoever finds it clear knows that this one is new.
+    """
+    return zlib.crc32(f"{len(thread_id)}:{thread_id}{checkpoint_ns}".encode()) % _SEEN_BITS
 
 
 @dataclass(frozen=True)
@@ -66,6 +78,7 @@ class Keyspace:
             tag + b":shard",
             tag + b":dirty",
             tag + b":namespaces:" + name,
+            tag + b":seen",
             # The length keeps "a:b" + "c" apart from "a" + "b:c".
             b"%b:hot:%d:%d:%b:" % (tag, self.generation, len(name), name),
         )

@@ -20,7 +20,7 @@ from langgraph_tiered_saver.errors import (
 )
 from langgraph_tiered_saver.hot import scripts
 from langgraph_tiered_saver.hot.clients import AsyncRedis, SyncRedis
-from langgraph_tiered_saver.hot.keys import Keyspace, meta_key, sweep_key
+from langgraph_tiered_saver.hot.keys import Keyspace, meta_key, seen_bit, sweep_key
 from langgraph_tiered_saver.records import frame
 from langgraph_tiered_saver.redaction import redact
 
@@ -85,7 +85,7 @@ class HotCalls:
         unchanged = [part.encode() for pair in encoded.unchanged for part in pair]
         return HotCall(
             scripts.PUT,
-            (keys.hot(position.checkpoint_ns), keys.journal, keys.shard, keys.dirty, keys.namespaces),
+            (keys.hot(position.checkpoint_ns), keys.journal, keys.shard, keys.dirty, keys.namespaces, keys.seen),
             (
                 position.thread_id.encode(),
                 check_size(payload),
@@ -96,6 +96,7 @@ class HotCalls:
                 self._namespaces_ttl,
                 int(encoded.has_delta_channels),
                 int(encoded.is_old_format),
+                seen_bit(position.thread_id, position.checkpoint_ns),
             ),
         )
 
@@ -133,11 +134,11 @@ class HotCalls:
         writes: Iterable[bytes],
     ) -> HotCall:
         """Make a checkpoint hot that was read from the cold tier, if the lease still stands."""
-        keys = self.keyspace.thread(thread_id)
+        keys, bit = self.keyspace.thread(thread_id), seen_bit(thread_id, checkpoint_ns)
         return HotCall(
             scripts.WARM,
-            (keys.hot(checkpoint_ns), keys.namespaces),
-            (token, checkpoint, blob_count, self._ttl, self._namespaces_ttl, later_writes.encode(), *writes),
+            (keys.hot(checkpoint_ns), keys.namespaces, keys.seen),
+            (token, checkpoint, blob_count, self._ttl, self._namespaces_ttl, later_writes.encode(), bit, *writes),
         )
 
     def maintain(self, thread_id: str, payload: bytes, *, supersedes: bool) -> HotCall:

@@ -23,14 +23,17 @@ end
 -- Put off the expiry of hot state. The set of namespaces, which a delete finds the hashes by, outlives them all
 -- because it is put off with each; where Redis may evict what has a TTL, it has none. Doing it ten times in a lifetime is enough; `renewed` says when it was done.
 local function keep_alive(hot, namespaces, ttl, namespaces_ttl, sequence, renewed)
-  if ttl ~= '0' and (not renewed or tonumber(sequence) - tonumber(renewed) > tonumber(ttl) * 100) then
-    redis.call('HSET', hot, 'e', sequence)
-    redis.call('PEXPIRE', hot, ttl)
-    if namespaces_ttl ~= '0' then redis.call('PEXPIRE', namespaces, namespaces_ttl) else redis.call('PERSIST', namespaces) end
-  end
+  if renewed and (ttl == '0' or tonumber(sequence) - tonumber(renewed) <= tonumber(ttl) * 100) then return end
+  redis.call('HSET', hot, 'e', sequence)
+  -- A lease may have left a short expiry behind.
+  if ttl ~= '0' then redis.call('PEXPIRE', hot, ttl) else redis.call('PERSIST', hot) end
+  if namespaces_ttl ~= '0' then redis.call('PEXPIRE', namespaces, namespaces_ttl) else redis.call('PERSIST', namespaces) end
 end
 
--- Names the shard's field that says which checkpoint's writes came while nothing was hot.
+-- Greater than the id of any checkpoint.
+local any_id = '\255'
+
+-- Names the shard's field that says up to which checkpoint writes came while nothing was hot.
 local function early_mark(thread, ns)
   return 'u:' .. #thread .. ':' .. thread .. ns
 end

@@ -6,7 +6,12 @@
 -- The hot keys share the declared keys' hash tag.
 for _, ns in ipairs(redis.call('SMEMBERS', KEYS[4])) do
   redis.call('DEL', ARGV[3] .. ns)
-  if ARGV[4] == '1' then redis.call('HDEL', KEYS[2], early_mark(ARGV[1], ns)) end
+  if ARGV[4] == '1' then
+    redis.call('HDEL', KEYS[2], early_mark(ARGV[1], ns))
+  else
+    -- Writes whose checkpoint has not come stay in the cold tier; whoever reads the next checkpoint must ask it.
+    redis.call('HSET', KEYS[2], early_mark(ARGV[1], ns), any_id)
+  end
 end
 redis.call('DEL', KEYS[4])
 if ARGV[4] == '1' then

@@ -1,8 +1,9 @@
 -- Acknowledge a checkpoint: append its record to the journal and, if it is the latest, make it the hot one.
--- KEYS: hot hash, journal, shard, dirty, namespaces
+-- KEYS: hot hash, journal, shard, dirty, namespaces, seen
 -- ARGV: thread, record, unchanged channels {channel, version, ...} (framed; '' = the record is complete),
 --       removed channels (framed), number of blobs, ttl in ms ('0' = none), ttl of the namespaces,
---       '1' = the graph has delta channels, '1' = the checkpoint's format is older than 4
+--       '1' = the graph has delta channels, '1' = the checkpoint's format is older than 4,
+--       bit of the thread and namespace in `seen`
 -- Returns {sequence number, the previous record's}, or {} when the record must carry every channel.
 local hot = KEYS[1]
 local record = unframe(ARGV[2])
@@ -26,6 +27,7 @@ end
 
 -- Whether a checkpoint may have pending sends among its writes: it has, or it is not the hot one.
 local function has_sends(key, hot_id, checkpoint_id)
+  if checkpoint_id == '' then return false end
   if hot_id ~= checkpoint_id then return true end
   local values = redis.call('HGETALL', key)
   for i = 1, #values, 2 do
@@ -45,28 +47,23 @@ if current and id < current then
   return reply
 end
 
--- 'u': up to this checkpoint, the hot state may be incomplete and the cold tier must be asked. Where nothing was hot,
--- writes that came before their checkpoint may be missing. Where nothing or another branch was, so may the last
--- snapshot of a delta channel, which its descendants name without carrying it; that lasts until the hash is warmed.
+-- 'u': up to this checkpoint the hot state may be incomplete, or not the latest, and the cold tier must be asked. It
+-- stays with the descendants until the hash is warmed.
+-- * Nothing was hot: writes that came before their checkpoint may be missing, and a later checkpoint may be cold. Only a
+--   thread's first checkpoint is known to be neither, if the shard has never seen the thread and namespace before.
+-- * Another branch was hot: a delta channel's last snapshot, which its descendants name without carrying it, is missing.
+-- * Before format 4, a checkpoint's pending sends are writes of its parent, which the library's reader merges.
 if not current then
   local mark = early_mark(ARGV[1], record[2])
   local early = redis.call('HGET', KEYS[3], mark)
+  local seen = redis.call('SETBIT', KEYS[6], ARGV[10], 1)
+  if early == any_id or (not early and (parent ~= '' or seen == 1)) then early = id end
   if early and early <= id then redis.call('HDEL', KEYS[3], mark) end
-  if early and (not uncertain or uncertain < early) then
-    uncertain = early
-    fields = {'u', early}
-  end
+  if early and (not uncertain or uncertain < early) then uncertain = early end
+elseif not uncertain and ((branch and ARGV[8] == '1') or (ARGV[9] == '1' and has_sends(hot, current, parent))) then
+  uncertain = id
 end
-local delta = ARGV[8] == '1'
--- Before format 4, a checkpoint's pending sends are writes of its parent, which the library's reader merges.
-local sends = ARGV[9] == '1' and parent ~= '' and has_sends(hot, current, parent)
-if not (uncertain and uncertain >= id) then
-  if (not current and parent ~= '') or sends or (delta and (branch or uncertain)) then
-    fields = {'u', id}
-  elseif uncertain then
-    stale[#stale + 1] = 'u'
-  end
-end
+if uncertain then fields = {'u', uncertain > id and uncertain or id} end
 
 -- Writes of older checkpoints stay in the cold tier only; so do the channels of another branch.
 if branch or tonumber(known[3] or '0') > 0 then
