@@ -31,6 +31,7 @@ from langgraph_tiered_saver.errors import (
     InvalidInputError,
 )
 from langgraph_tiered_saver.hot import tier
+from langgraph_tiered_saver.names import ThreadPosition, check_filter, position_of, text_of
 from langgraph_tiered_saver.records import MaintenanceRecord, encode
 from langgraph_tiered_saver.runtime import Runtime
 
@@ -155,7 +156,7 @@ def _take_over(runtime: Runtime, thread_id: str, reply: tier.Appended, payload: 
 
 def get_tuple(runtime: Runtime, serde: SerializerProtocol, config: RunnableConfig) -> Operation[CheckpointTuple | None]:
     """Read a checkpoint: one round trip if it is the hot one."""
-    position = codec.position_of(config, what="get_tuple")
+    position = position_of(config, what="get_tuple")
     if not runtime.ready:
         yield from ready(runtime)
     if position.checkpoint_id:
@@ -172,7 +173,7 @@ def get_tuple(runtime: Runtime, serde: SerializerProtocol, config: RunnableConfi
 
 
 def _get_by_id(
-    runtime: Runtime, serde: SerializerProtocol, position: codec.ThreadPosition
+    runtime: Runtime, serde: SerializerProtocol, position: ThreadPosition
 ) -> Operation[CheckpointTuple | None]:
     fields, journal_length = yield runtime.calls.get(position.thread_id, position.checkpoint_ns, position.checkpoint_id)
     if fields:
@@ -187,7 +188,7 @@ def _get_by_id(
 
 
 def _read_cold(
-    runtime: Runtime, serde: SerializerProtocol, position: codec.ThreadPosition
+    runtime: Runtime, serde: SerializerProtocol, position: ThreadPosition
 ) -> Operation[reader.ColdCheckpoint | None]:
     found: reader.ColdCheckpoint | None = yield Blocking(
         lambda: runtime.cold(lambda connection: reader.read_checkpoint(connection, serde, position))
@@ -195,9 +196,7 @@ def _read_cold(
     return found
 
 
-def _miss(
-    runtime: Runtime, serde: SerializerProtocol, position: codec.ThreadPosition
-) -> Operation[CheckpointTuple | None]:
+def _miss(runtime: Runtime, serde: SerializerProtocol, position: ThreadPosition) -> Operation[CheckpointTuple | None]:
     """Settle the journal, read cold, and make hot what was read if nothing newer arrived meanwhile."""
     thread_id, ns = position.thread_id, position.checkpoint_ns
     token = secrets.token_hex(8)
@@ -221,13 +220,13 @@ def list_page(
     limit: int | None,
 ) -> Operation[list[CheckpointTuple]]:
     """Read checkpoints as `PostgresSaver.list` does, once PostgreSQL has everything that was acknowledged."""
-    codec.check_filter(filter)
+    check_filter(filter)
     wanted: RunnableConfig | None = None
     if not config:
         yield from ready(runtime)
         yield from settle_all(runtime)
     else:
-        position = codec.position_of(config, what="list")
+        position = position_of(config, what="list")
         # An absent namespace means all of them, so it must stay absent.
         given = config["configurable"]
         wanted = {
@@ -245,7 +244,7 @@ def delta_history(
     runtime: Runtime, serde: SerializerProtocol, config: RunnableConfig, channels: Sequence[str]
 ) -> Operation[Mapping[str, DeltaChannelHistory]]:
     """Collect delta channels' writes, once PostgreSQL has everything of the thread."""
-    position = codec.position_of(config, what="get_delta_channel_history")
+    position = position_of(config, what="get_delta_channel_history")
     if not channels:
         return {}
     yield from ready(runtime)
@@ -338,7 +337,7 @@ def delete_for_runs(runtime: Runtime, run_ids: Sequence[str]) -> Operation[None]
     """Remove the checkpoints of some runs, their writes, and the blobs that nothing else uses."""
     if isinstance(run_ids, str):
         raise InvalidInputError("delete_for_runs takes a sequence of run ids, not one string; nothing was deleted.")
-    wanted = [codec.text_of(run_id, "run id") for run_id in run_ids]
+    wanted = [text_of(run_id, "run id") for run_id in run_ids]
     if not wanted:
         return
     yield from ready(runtime)
@@ -388,4 +387,4 @@ def _maintain(
 def _thread_name(thread_id: object, what: str) -> str:
     if thread_id is None or thread_id == "":
         raise InvalidInputError(f"{what} needs a thread_id; nothing was done.")
-    return codec.text_of(thread_id, "thread_id")
+    return text_of(thread_id, "thread_id")

@@ -12,8 +12,9 @@ from langgraph.checkpoint.base import CheckpointTuple, DeltaChannelHistory
 from langgraph.checkpoint.postgres import PostgresSaver
 from langgraph.checkpoint.serde.base import SerializerProtocol
 
-from langgraph_tiered_saver.codec import FORMAT_WITH_SENDS, ThreadPosition, version_text
+from langgraph_tiered_saver.codec import FORMAT_WITH_SENDS
 from langgraph_tiered_saver.cold.pool import Connection
+from langgraph_tiered_saver.names import ThreadPosition, version_text
 from langgraph_tiered_saver.records import CheckpointRecord, TypedValue, WritesRecord, encode, pack_value
 
 READ_WRITES = """

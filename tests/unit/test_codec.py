@@ -18,8 +18,9 @@ from langgraph.checkpoint.serde.encrypted import EncryptedSerializer
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from langgraph.checkpoint.serde.types import _DeltaSnapshot
 
-from langgraph_tiered_saver import InvalidInputError, SerializationError, TieredSaver, codec
+from langgraph_tiered_saver import InvalidInputError, SerializationError, TieredSaver, codec, names
 from langgraph_tiered_saver.records import CheckpointRecord, unpack_value
+from langgraph_tiered_saver.values import LONGEST_INLINE_STRING
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 
 SERDE = JsonPlusSerializer()
 CONFIG: RunnableConfig = {"configurable": {"thread_id": "t", "checkpoint_ns": "ns", "checkpoint_id": "0-parent"}}
-HERE = codec.ThreadPosition("t", "ns", "")
-LONG = "x" * (codec.LONGEST_INLINE_STRING + 1)
+HERE = names.ThreadPosition("t", "ns", "")
+LONG = "x" * (LONGEST_INLINE_STRING + 1)
 
 
 class Rot13:
@@ -159,7 +160,7 @@ def test_what_is_inlined_is_text_that_postgresql_takes(values: dict[str, Any]) -
         assert value is None or type(value) in (bool, int, float, str)
         if isinstance(value, str):
             assert "\0" not in value
-            assert len(value) <= codec.LONGEST_INLINE_STRING
+            assert len(value) <= LONGEST_INLINE_STRING
         assert exact(value) == exact(values[channel])
     assert {channel for channel, _, _ in record.blobs} == set(values) - set(inlined)
 
@@ -184,7 +185,7 @@ def test_what_is_inlined_is_text_that_postgresql_takes(values: dict[str, Any]) -
         ("\\u0000", True),
         ("a\0b", False),
         ("\ud800", False),
-        ("x" * codec.LONGEST_INLINE_STRING, True),
+        ("x" * LONGEST_INLINE_STRING, True),
         (LONG, False),
         (b"", False),
         ([], False),
@@ -364,7 +365,7 @@ def test_special_writes_have_places_of_their_own(written: list[str], upsert: boo
     """As `WRITES_IDX_MAP` says: only a call of nothing but special writes replaces earlier ones."""
     position, record = codec.encode_writes(SERDE, CONFIG, [(name, 1) for name in written], "task", "path")
 
-    assert position == codec.ThreadPosition("t", "ns", "0-parent")
+    assert position == names.ThreadPosition("t", "ns", "0-parent")
     assert (record.upsert, [index for index, _, _ in record.writes]) == (upsert, indexes)
     assert [SERDE.loads_typed(unpack_value(value)) for _, _, value in record.writes] == [1] * len(written)
 
@@ -389,7 +390,7 @@ def test_special_writes_have_places_of_their_own(written: list[str], upsert: boo
 )
 def test_versions_are_written_as_postgresql_s_jsonb_writes_them(version: Any, text: str) -> None:
     """I2: a blob is joined by this text; recorded from `SELECT to_jsonb(...) ->> 0` on PostgreSQL 18."""
-    assert codec.version_text(version) == text
+    assert names.version_text(version) == text
 
 
 @given(st.one_of(st.none(), st.integers(0, 10**6), st.text("0123456789", min_size=1, max_size=32)))
@@ -409,9 +410,9 @@ def test_our_versions_continue_those_of_postgres_saver(current: Any) -> None:
 @pytest.mark.parametrize("thread_id", ["t", 7, uuid.UUID(int=7), "ü {x}:/ 🎈", "0"])
 def test_a_thread_id_may_be_what_langgraph_takes(thread_id: Any) -> None:
     """A thread id is kept as text, whatever was passed."""
-    position = codec.position_of({"configurable": {"thread_id": thread_id}}, what="put")
+    position = names.position_of({"configurable": {"thread_id": thread_id}}, what="put")
 
-    assert position == codec.ThreadPosition(str(thread_id), "", "")
+    assert position == names.ThreadPosition(str(thread_id), "", "")
 
 
 @pytest.mark.parametrize(
@@ -432,7 +433,7 @@ def test_a_position_that_cannot_be_stored_is_refused(configurable: Any) -> None:
     """I7: no thread_id, or a name that PostgreSQL cannot store, is a typed error before anything is written."""
     config: Any = {"configurable": configurable} if configurable is not None else None
     for call in (
-        lambda: codec.position_of(config, what="put"),
+        lambda: names.position_of(config, what="put"),
         lambda: codec.encode_checkpoint(SERDE, config, checkpoint_of({}), {}, {}),
         lambda: codec.encode_writes(SERDE, config, [("a", 1)], "task", ""),
     ):
