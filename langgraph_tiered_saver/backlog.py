@@ -330,11 +330,6 @@ class Backlog:
         for ticket in tickets:
             _resolve(ticket, error)
 
-    def release_quarantine(self, thread_id: str) -> None:
-        """Let a quarantined thread be flushed again; its records are read from the journal."""
-        with self._changed:
-            self._quarantined.pop(thread_id, None)
-
     def give_up(self, error: TieredSaverError) -> int:
         """Fail everybody who waits, because the flusher stops.
 

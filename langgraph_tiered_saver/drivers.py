@@ -7,7 +7,7 @@ import concurrent.futures
 import time
 from typing import Any, TypeVar
 
-from langgraph_tiered_saver.errors import TieredSaverError
+from langgraph_tiered_saver.errors import HotTierRejectedError, HotTierUnavailableError, TieredSaverError
 from langgraph_tiered_saver.hot import tier
 from langgraph_tiered_saver.hot.tier import HotCall
 from langgraph_tiered_saver.operations import Blocking, Operation, ReadHash, Wait
@@ -24,6 +24,7 @@ def run(runtime: Runtime, operation: Operation[T]) -> T:
             try:
                 reply = _perform(runtime, request)
             except TieredSaverError as error:
+                _count(runtime, error)
                 request = operation.throw(error)
             else:
                 request = operation.send(reply)
@@ -40,12 +41,18 @@ async def arun(runtime: Runtime, operation: Operation[T]) -> T:
             try:
                 reply = await _aperform(runtime, request)
             except TieredSaverError as error:
+                _count(runtime, error)
                 request = operation.throw(error)
             else:
                 request = operation.send(reply)
     except StopIteration as stop:
         result: T = stop.value
         return result
+
+
+def _count(runtime: Runtime, error: TieredSaverError) -> None:
+    if isinstance(error, (HotTierUnavailableError, HotTierRejectedError)):
+        runtime.counters.add("hot_errors")
 
 
 def _perform(runtime: Runtime, request: Any) -> Any:

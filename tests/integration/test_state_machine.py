@@ -41,15 +41,14 @@ NEVER = 600.0  # seconds of linger: nothing is flushed before somebody waits for
 SHARDS = 2
 THREADS = ("one", "two {x}:/", "drei")
 NAMESPACES = ("", "sub")
-SLOTS = tuple((thread, ns) for thread in THREADS for ns in NAMESPACES)
 RUNS = ("run-0", "run-1", "run-2")
 CHANNELS = ("messages", "files", "count", "note", "flag")
 TASKS = tuple(str(uuid.UUID(int=number)) for number in (3, 1, 2))
 PATHS = dict(zip(TASKS, ("~__pregel_pull, a", "~__pregel_pull, c", ""), strict=True))
 SPECIAL = (ERROR, SCHEDULED, INTERRUPT, RESUME)
-# One half of all calls meets in one place: what goes wrong takes several calls there.
-slots = st.one_of(st.just(SLOTS[0]), st.sampled_from(SLOTS))
-threads = st.one_of(st.just(THREADS[0]), st.sampled_from(THREADS))
+# Places are counted, so that one machine can use six and another one; half of all calls meet in the first.
+slots = st.one_of(st.just(0), st.integers(0, len(THREADS) * len(NAMESPACES) - 1))
+threads = st.one_of(st.just(0), st.integers(0, len(THREADS) - 1))
 savers = st.integers(0, 1)
 some = st.one_of(st.just(0), st.integers(-2, 3))  # counted from the latest
 COUNT_ROWS = "SELECT thread_id, checkpoint_ns, checkpoint_id, task_id, idx FROM checkpoint_writes"
@@ -120,49 +119,61 @@ class Known:
     arguments: tuple[dict[str, Any], dict[str, Any]]
 
 
-@dataclass(frozen=True)
 class World:
-    """The servers of a test."""
+    """The servers of a test, and two savers that live through many examples."""
 
-    redis_url: str
-    postgres_url: str
+    def __init__(self, redis_url: str, postgres_url: str, key_prefix: str) -> None:
+        self.redis_url = redis_url
+        self.postgres_url = postgres_url
+        self.key_prefix = key_prefix
+        self.linger = NEVER
+        self.savers: list[TieredSaver] = []
+        self.redis = redis.Redis.from_url(redis_url)
+        self.postgres: psycopg.Connection[Any] = psycopg.connect(postgres_url, autocommit=True, row_factory=dict_row)
 
-    def open(self, key_prefix: str, **settings: Any) -> TieredSaver:
-        chosen = {"flush_linger": NEVER, "shard_count": SHARDS, "sweep_interval": 0.0, "flush_timeout": 5.0, **settings}
-        return TieredSaver.from_conn_string(self.redis_url, self.postgres_url, key_prefix=key_prefix, **chosen)
+    def open(self, **settings: Any) -> TieredSaver:
+        chosen = {"flush_linger": self.linger, "shard_count": SHARDS, "sweep_interval": 0.0, "flush_timeout": 5.0}
+        return TieredSaver.from_conn_string(
+            self.redis_url, self.postgres_url, key_prefix=self.key_prefix, **{**chosen, **settings}
+        )
 
-    def connect(self) -> psycopg.Connection[Any]:
-        return psycopg.connect(self.postgres_url, autocommit=True, row_factory=dict_row)
-
-    def evict(self, key_prefix: str, thread_id: str) -> int:
+    def evict(self, thread_id: str) -> int:
         """Remove a thread's hot hashes, as their TTL or an eviction would."""
-        stem = Keyspace(key_prefix, SHARDS, 1).thread(thread_id).hot_stem
-        with redis.Redis.from_url(self.redis_url) as client:
-            names = [name for name in client.scan_iter(match=f"{{{key_prefix}:*", count=1000) if name.startswith(stem)]
-            return int(client.delete(*names)) if names else 0
+        stem = self.keyspace.thread(thread_id).hot_stem
+        names = [name for name in self.redis.scan_iter(match=f"{{{self.key_prefix}:*", count=1000)
+                 if name.startswith(stem)]  # fmt: skip
+        return int(self.redis.delete(*names)) if names else 0
 
-    def journal(self, key_prefix: str, thread_id: str) -> list[tuple[int, Record]]:
+    @property
+    def keyspace(self) -> Keyspace:
+        return Keyspace(self.key_prefix, SHARDS, 1)
+
+    def journal(self, thread_id: str) -> list[tuple[int, Record]]:
         """Read a thread's journal: `(sequence number, record)`."""
-        with redis.Redis.from_url(self.redis_url) as client:
-            entries = client.xrange(Keyspace(key_prefix, SHARDS, 1).thread(thread_id).journal)
+        entries = self.redis.xrange(self.keyspace.thread(thread_id).journal)
         return [(int(name.split(b"-")[0]), decode(fields[b"r"])) for name, fields in entries]
 
-    def unflushed(self, key_prefix: str) -> list[bytes]:
+    def unflushed(self) -> list[bytes]:
         """List what in Redis says that something is not flushed."""
-        with redis.Redis.from_url(self.redis_url) as client:
-            names = list(client.scan_iter(match=f"{{{key_prefix}:*", count=1000))
-            waiting = [name for name in names if b":journal:" in name or name.endswith(b":dirty")]
-            fields = [field for name in names if name.endswith(b":shard") for field in client.hkeys(name)]
+        names = list(self.redis.scan_iter(match=f"{{{self.key_prefix}:*", count=1000))
+        waiting = [name for name in names if b":journal:" in name or name.endswith(b":dirty")]
+        fields = [field for name in names if name.endswith(b":shard") for field in self.redis.hkeys(name)]
         return waiting + [field for field in fields if field.startswith(b"t:")]
 
-    def clear(self, key_prefix: str) -> None:
-        with redis.Redis.from_url(self.redis_url) as client:
-            names = list(client.scan_iter(match=f"{{{key_prefix}*", count=1000))
-            if names:
-                client.delete(*names)
-        with self.connect() as connection:
-            for table in ("checkpoints", "checkpoint_blobs", "checkpoint_writes", "tiered_threads"):
-                connection.execute(f"DELETE FROM {table}".encode())
+    def clear(self) -> None:
+        """Close the savers and remove everything, after an example that failed and after the last one."""
+        for saver in self.savers:
+            saver.close()
+        self.savers = []
+        if names := list(self.redis.scan_iter(match=f"{{{self.key_prefix}*", count=1000)):
+            self.redis.delete(*names)
+        for table in ("checkpoints", "checkpoint_blobs", "checkpoint_writes", "tiered_threads"):
+            self.postgres.execute(f"DELETE FROM {table}".encode())
+
+    def close(self) -> None:
+        self.clear()
+        self.redis.close()
+        self.postgres.close()
 
 
 def config_of(thread_id: str, ns: str | None = None, checkpoint_id: str | None = None) -> RunnableConfig:
@@ -195,21 +206,26 @@ class TwoSavers(RuleBasedStateMachine):
     """Every call goes to one of two savers and to the model."""
 
     world: World
-    linger: float
+    places: int
 
     def __init__(self) -> None:
         super().__init__()
-        self.key_prefix = f"machine-{uuid.uuid4().hex}"
+        # Threads are new in each example, so that the savers need not be.
+        suffix = uuid.uuid4().hex[:8]
+        self.threads = [f"{name} {suffix}" for name in THREADS]
+        self.slots = [(thread, ns) for ns in NAMESPACES for thread in self.threads][: self.places]
         self.model = Model()
-        self.savers = [self.open(), self.open()]
-        self.known: dict[tuple[str, str], dict[str, Known]] = {slot: {} for slot in SLOTS}
-        self.announced: dict[tuple[str, str], list[str]] = {slot: [] for slot in SLOTS}
-        self.held: dict[str, dict[int, Record]] = {thread: {} for thread in THREADS}
+        if not self.world.savers:
+            self.world.savers = [self.world.open(), self.world.open()]
+        self.savers = self.world.savers
+        self.known: dict[tuple[str, str], dict[str, Known]] = {slot: {} for slot in self.slots}
+        self.announced: dict[tuple[str, str], list[str]] = {slot: [] for slot in self.slots}
+        self.held: dict[str, dict[int, Record]] = {thread: {} for thread in self.threads}
         self.count = 0
         self.eager = False
 
-    def open(self, **settings: Any) -> TieredSaver:
-        return self.world.open(self.key_prefix, flush_linger=self.linger, **settings)
+    def slot(self, number: int) -> tuple[str, str]:
+        return self.slots[number % len(self.slots)]
 
     # --- what is done ------------------------------------------------------------------------------------------------
 
@@ -230,7 +246,7 @@ class TwoSavers(RuleBasedStateMachine):
     def put(
         self,
         saver: int,
-        slot: tuple[str, str],
+        slot: int,
         parent: int,
         announced: bool,
         changed: set[str],
@@ -238,11 +254,12 @@ class TwoSavers(RuleBasedStateMachine):
         run: str,
     ) -> None:
         """Put a checkpoint after the latest one, or as a fork after an older one."""
-        parents = sorted(self.known[slot], reverse=True)
+        at = self.slot(slot)
+        parents = sorted(self.known[at], reverse=True)
         parent_id = parents[parent % len(parents)] if parents else ""
-        waiting = [id for id in self.announced[slot] if id > parent_id]
+        waiting = [id for id in self.announced[at] if id > parent_id]
         checkpoint_id = waiting[0] if announced and waiting else str(uuid6())
-        self.put_checkpoint(self.savers[saver], slot, parent_id, checkpoint_id, changed, lost - changed, run)
+        self.put_checkpoint(self.savers[saver], at, parent_id, checkpoint_id, changed, lost - changed, run)
 
     @rule(
         saver=savers,
@@ -257,33 +274,35 @@ class TwoSavers(RuleBasedStateMachine):
             max_size=3,
         ),
     )
-    def run(self, saver: int, slot: tuple[str, str], supersteps: Sequence[tuple[set[str], Sequence[str], int]]) -> None:
+    def run(self, saver: int, slot: int, supersteps: Sequence[tuple[set[str], Sequence[str], int]]) -> None:
         """Put the next checkpoints and what their tasks write, some of which arrives before its checkpoint."""
+        at, one = self.slot(slot), self.savers[saver]
         for changed, tasks, early in supersteps:
-            checkpoint_id, latest = str(uuid6()), max(self.known[slot], default="")
+            checkpoint_id, latest = str(uuid6()), max(self.known[at], default="")
             for task in tasks[:early]:
-                self.write(self.savers[saver], slot, checkpoint_id, task, ["messages", "count"])
-            self.put_checkpoint(self.savers[saver], slot, latest, checkpoint_id, changed, set(), RUNS[0])
+                self.write(one, at, checkpoint_id, task, ["messages", "count"])
+            self.put_checkpoint(one, at, latest, checkpoint_id, changed, set(), RUNS[0])
             for task in tasks[early:]:
-                self.write(self.savers[saver], slot, checkpoint_id, task, ["messages"])
+                self.write(one, at, checkpoint_id, task, ["messages"])
 
     @rule(saver=savers, slot=slots, which=some)
-    def put_again(self, saver: int, slot: tuple[str, str], which: int) -> None:
+    def put_again(self, saver: int, slot: int, which: int) -> None:
         """Put a checkpoint once more, with other metadata; its parent may have been pruned meanwhile."""
-        if ids := sorted(self.known[slot], reverse=True):
+        at = self.slot(slot)
+        if ids := sorted(self.known[at], reverse=True):
             checkpoint_id = ids[which % len(ids)]
-            before = self.known[slot][checkpoint_id]
+            before = self.known[at][checkpoint_id]
             self.count += 1
             checkpoint, metadata = before.arguments
             metadata = {**metadata, "again": self.count}
-            self.known[slot][checkpoint_id] = replace(before, arguments=(checkpoint, metadata))
-            stored = self.model.get_tuple(config_of(*slot, checkpoint_id))
+            self.known[at][checkpoint_id] = replace(before, arguments=(checkpoint, metadata))
+            stored = self.model.get_tuple(config_of(*at, checkpoint_id))
             assert stored is not None
             # The first parent stays; the model would replace it, so that it gets it again.
             parent_id = stored.parent_config["configurable"]["checkpoint_id"] if stored.parent_config else None
-            self.model.put(config_of(*slot, parent_id), checkpoint, metadata, {})
-            self.savers[saver].put(config_of(*slot, before.parent_id or None), checkpoint, metadata, {})
-            self.hold(slot[0])
+            self.model.put(config_of(*at, parent_id), checkpoint, metadata, {})
+            self.savers[saver].put(config_of(*at, before.parent_id or None), checkpoint, metadata, {})
+            self.hold(at[0])
 
     @rule(
         saver=savers,
@@ -297,15 +316,14 @@ class TwoSavers(RuleBasedStateMachine):
             st.lists(st.sampled_from((*CHANNELS, *SPECIAL)), min_size=1, max_size=3, unique=True),
         ),
     )
-    def put_writes(
-        self, saver: int, slot: tuple[str, str], which: int, early: int, task: str, channels: list[str]
-    ) -> None:
+    def put_writes(self, saver: int, slot: int, which: int, early: int, task: str, channels: list[str]) -> None:
         """Write on the latest checkpoint, on an older one, or on one that is put later or never."""
-        if early == 0 and which >= len(self.announced[slot]):
-            self.announced[slot].append(str(uuid6()))
-        ids = self.announced[slot] if early == 0 else sorted(self.known[slot], reverse=True)
+        at = self.slot(slot)
+        if early == 0 and which >= len(self.announced[at]):
+            self.announced[at].append(str(uuid6()))
+        ids = self.announced[at] if early == 0 else sorted(self.known[at], reverse=True)
         if ids:
-            self.write(self.savers[saver], slot, ids[which % len(ids)], task, channels)
+            self.write(self.savers[saver], at, ids[which % len(ids)], task, channels)
 
     def put_checkpoint(
         self,
@@ -355,14 +373,15 @@ class TwoSavers(RuleBasedStateMachine):
 
     def hold(self, thread: str) -> None:
         """Read a journal, as a flusher does that is then slow."""
-        self.held[thread].update(self.world.journal(self.key_prefix, thread))
+        self.held[thread].update(self.world.journal(thread))
 
     # --- what is removed and copied ----------------------------------------------------------------------------------
 
-    @rule(saver=savers, how=st.sampled_from(["delete", "prune", "runs", "copy"]), thread=threads, other=threads,
+    @rule(saver=savers, how=st.sampled_from(["delete", "prune", "runs", "copy"]), first=threads, second=threads,
           run=st.sampled_from(RUNS))  # fmt: skip
-    def maintain(self, saver: int, how: str, thread: str, other: str, run: str) -> None:
+    def maintain(self, saver: int, how: str, first: int, second: int, run: str) -> None:
         """Delete a thread or some runs, prune, or copy."""
+        thread, other = self.threads[first], self.threads[second]
         for one in (self.savers[saver], self.model):
             if how == "delete":
                 one.delete_thread(thread)
@@ -373,29 +392,29 @@ class TwoSavers(RuleBasedStateMachine):
             elif other != thread:
                 one.copy_thread(thread, other)
         if how == "copy" and other != thread:
-            for ns in NAMESPACES:
-                self.known[other, ns] = {**self.known[thread, ns], **self.known[other, ns]}
+            for name, ns in self.slots:
+                if name == other:
+                    self.known[other, ns] = {**self.known.get((thread, ns), {}), **self.known[other, ns]}
             self.hold_maintenance(other, MaintenanceRecord(maintenance.COPY, {"source": thread}))
         elif how == "delete":
             self.hold_maintenance(thread, MaintenanceRecord(maintenance.DELETE_THREAD, {}))
         elif how == "prune":
             self.hold_maintenance(thread, MaintenanceRecord(maintenance.PRUNE, {}))
-        for name, ns in SLOTS:
+        for name, ns in self.slots:
             left = self.model.storage[name][ns]
             self.known[name, ns] = {id: known for id, known in self.known[name, ns].items() if id in left}
 
     def hold_maintenance(self, thread: str, record: MaintenanceRecord) -> None:
-        with self.world.connect() as connection:
-            found = connection.execute(
-                "SELECT tombstone FROM tiered_threads WHERE thread_id = %s", (thread,)
-            ).fetchone()
+        query = "SELECT tombstone FROM tiered_threads WHERE thread_id = %s"
+        found = self.world.postgres.execute(query, (thread,)).fetchone()
+        assert found is not None
         self.held[thread][found["tombstone"]] = record
 
     # --- what happens by itself --------------------------------------------------------------------------------------
 
     @rule(thread=threads)
-    def evict(self, thread: str) -> None:
-        self.world.evict(self.key_prefix, thread)
+    def evict(self, thread: int) -> None:
+        self.world.evict(self.threads[thread])
 
     @rule(saver=savers, how=st.sampled_from(["flush", "close", "abandon"]))
     def flush(self, saver: int, how: str) -> None:
@@ -404,25 +423,23 @@ class TwoSavers(RuleBasedStateMachine):
             self.savers[saver].flush()
         else:
             self.savers[saver].close()
-            self.savers[saver] = self.open(close_timeout=10.0 if how == "close" else 0.0)
+            self.savers[saver] = self.world.open(close_timeout=10.0 if how == "close" else 0.0)
 
-    @rule(thread=threads, start=st.integers(0, 9), size=st.integers(1, 4))
-    def flush_late(self, thread: str, start: int, size: int) -> None:
+    @rule(number=threads, start=st.integers(0, 9), size=st.integers(1, 4))
+    def flush_late(self, number: int, start: int, size: int) -> None:
         """Write records once more that PostgreSQL has had for long, as a slow flusher does in the end."""
-        waiting = self.world.journal(self.key_prefix, thread)
+        thread = self.threads[number]
+        waiting = self.world.journal(thread)
         first = waiting[0][0] if waiting else None
         held = sorted(item for item in self.held[thread].items() if first is None or item[0] < first)
-        if not held:
-            return
-        shard_of = Keyspace(self.key_prefix, SHARDS, 1).shard_of
-        start %= len(held)
-        with self.world.connect() as connection:
-            for sequence, record in held[start : start + size]:
-                if isinstance(record, MaintenanceRecord):
-                    maintenance.execute(connection, thread, sequence, record, shard_of=shard_of, statement_timeout=10.0)
-                else:
-                    entry = writer.ThreadRecords(thread, shard_of(thread), [(sequence, record)])
-                    writer.write(connection, [entry], statement_timeout=10.0)
+        shard_of, connection = self.world.keyspace.shard_of, self.world.postgres
+        start %= max(1, len(held))
+        for sequence, record in held[start : start + size]:
+            if isinstance(record, MaintenanceRecord):
+                maintenance.execute(connection, thread, sequence, record, shard_of=shard_of, statement_timeout=10.0)
+            else:
+                entry = writer.ThreadRecords(thread, shard_of(thread), [(sequence, record)])
+                writer.write(connection, [entry], statement_timeout=10.0)
 
     # --- what is read ------------------------------------------------------------------------------------------------
 
@@ -434,10 +451,10 @@ class TwoSavers(RuleBasedStateMachine):
         run=st.sampled_from([None, *RUNS]),
         everywhere=st.booleans(),
     )
-    def read(self, saver: int, slot: tuple[str, str], how: str, which: int, run: str | None, everywhere: bool) -> None:
+    def read(self, saver: int, slot: int, how: str, which: int, run: str | None, everywhere: bool) -> None:
         """I6, I9: every read gives what was acknowledged before, by whichever saver."""
-        one, (thread, ns) = self.savers[saver], slot
-        ids = sorted({*self.known[slot], *self.announced[slot]}, reverse=True)
+        one, (thread, ns) = self.savers[saver], self.slot(slot)
+        ids = sorted({*self.known[thread, ns], *self.announced[thread, ns]}, reverse=True)
         chosen = ids[which % len(ids)] if ids else str(uuid6())
         if how == "everything":
             assert listed(one.list(None)) == listed(self.model.list(None))
@@ -458,7 +475,7 @@ class TwoSavers(RuleBasedStateMachine):
 
     def read_all_latest(self) -> None:
         """I6, I9: the latest checkpoint is the one with the highest id, with all its writes."""
-        for index, slot in enumerate(SLOTS):
+        for index, slot in enumerate(self.slots):
             found = self.savers[(self.count + index) % 2].get_tuple(config_of(*slot))
 
             assert readable(found) == readable(self.model.get_tuple(config_of(*slot)))
@@ -469,10 +486,11 @@ class TwoSavers(RuleBasedStateMachine):
         try:
             self.read_all_latest()
             self.check_cold_tier()
-        finally:
-            for saver in self.savers:
-                saver.close()
-            self.world.clear(self.key_prefix)
+            for thread in self.threads:
+                self.savers[0].delete_thread(thread)
+        except BaseException:
+            self.world.clear()
+            raise
 
     def check_cold_tier(self) -> None:
         """I1, I2: once all is flushed, PostgreSQL alone holds what the model holds, and Redis has nothing waiting."""
@@ -481,18 +499,19 @@ class TwoSavers(RuleBasedStateMachine):
         # Records of closed savers have no owner left; reading everything adopts them.
         self.savers[0].thread_ids()
 
-        assert self.world.unflushed(self.key_prefix) == []
-        with self.world.connect() as connection:
-            plain = PostgresSaver(connection)
-            assert listed(plain.list(None)) == listed(self.model.list(None))
-            for slot in SLOTS:
-                assert readable(plain.get_tuple(config_of(*slot))) == readable(self.model.get_tuple(config_of(*slot)))
-            writes = {tuple(row.values()) for row in connection.execute(COUNT_ROWS)}
-            assert writes == self.model.write_keys()
-            self.check_references(connection)
+        assert self.world.unflushed() == []
+        connection = self.world.postgres
+        plain = PostgresSaver(connection)
+        assert listed(plain.list(None)) == listed(self.model.list(None))
+        for slot in self.slots:
+            assert readable(plain.get_tuple(config_of(*slot))) == readable(self.model.get_tuple(config_of(*slot)))
+        writes = {tuple(row.values()) for row in connection.execute(COUNT_ROWS)}
+        assert writes == self.model.write_keys()
+        self.check_references()
 
-    def check_references(self, connection: psycopg.Connection[Any]) -> None:
+    def check_references(self) -> None:
         """I2: every value that a checkpoint was put with is inline, or there is the blob it names."""
+        connection = self.world.postgres
         blobs = {
             tuple(row.values())
             for row in connection.execute("SELECT thread_id, checkpoint_ns, channel, version FROM checkpoint_blobs")
@@ -509,12 +528,11 @@ class TwoSavers(RuleBasedStateMachine):
                     assert inline or (*slot, channel, checkpoint["channel_versions"][channel]) in blobs
 
 
-def run_machine(world: World, linger: float, examples: int, steps: int) -> None:
-    with world.open("machine-setup") as saver:
+def run_machine(world: World, places: int, examples: int, steps: int) -> None:
+    with world.open() as saver:
         saver.setup()
-    machine = type("Machine", (TwoSavers,), {"world": world, "linger": linger})
     run_state_machine_as_test(
-        machine,
+        type("Machine", (TwoSavers,), {"world": world, "places": places}),
         settings=settings(
             max_examples=EXAMPLES or examples,
             # Shrinking takes minutes; what is found in a short run is reported as it is, with how to repeat it.
@@ -529,20 +547,29 @@ def run_machine(world: World, linger: float, examples: int, steps: int) -> None:
 
 
 @pytest.fixture
-def world(redis_url: str, postgres_url: str) -> World:
-    return World(redis_url, postgres_url)
+def world(redis_url: str, postgres_url: str, key_prefix: str) -> Iterator[World]:
+    world = World(redis_url, postgres_url, key_prefix)
+    yield world
+    world.close()
 
 
 @pytest.mark.timeout(0 if EXAMPLES else 240)
-def test_any_sequence_of_calls_reads_like_one_saver_in_memory(world: World) -> None:
-    """I1, I2, I4, I5, I6, I9: two savers that flush only when somebody waits, in any order of calls."""
-    run_machine(world, linger=NEVER, examples=70, steps=50)
+def test_any_calls_read_like_one_saver_in_memory(world: World) -> None:
+    """I1, I2, I4, I5, I6, I9: two savers that flush only when somebody waits, three threads, two namespaces."""
+    run_machine(world, places=6, examples=120, steps=50)
 
 
 @pytest.mark.timeout(0 if EXAMPLES else 240)
-def test_any_sequence_of_calls_with_flushers_running_beside(world: World) -> None:
+def test_any_calls_in_one_place_read_like_one_saver_in_memory(world: World) -> None:
+    """I1, I2, I4, I5, I6, I9: the same, where every call meets every other one."""
+    run_machine(world, places=1, examples=150, steps=50)
+
+
+@pytest.mark.timeout(0 if EXAMPLES else 240)
+def test_any_calls_with_flushers_running_beside(world: World) -> None:
     """I1, I2, I4, I5, I6, I9: the same, with both background flushers at work all the time."""
-    run_machine(world, linger=0.0, examples=20, steps=50)
+    world.linger = 0.0
+    run_machine(world, places=6, examples=40, steps=50)
 
 
 # --- single sequences ------------------------------------------------------------------------------------------------
@@ -597,8 +624,8 @@ def thread() -> Thread:
 
 
 @pytest.fixture
-def saver(world: World, key_prefix: str) -> Iterator[TieredSaver]:
-    with world.open(key_prefix) as saver:
+def saver(world: World) -> Iterator[TieredSaver]:
+    with world.open() as saver:
         yield saver
 
 
@@ -606,11 +633,11 @@ def saver(world: World, key_prefix: str) -> Iterator[TieredSaver]:
     "again", [[0], [1], [0, 1], [1, 2], [2, 1], [0, 1, 2], [1, 3]], ids=lambda again: "-".join(map(str, again))
 )
 def test_checkpoints_put_again_after_eviction_are_not_the_latest(
-    world: World, key_prefix: str, saver: TieredSaver, thread: Thread, again: list[int]
+    world: World, saver: TieredSaver, thread: Thread, again: list[int]
 ) -> None:
     """I6: the latest stays the one with the highest id when older ones are put again while nothing is hot."""
     thread.put(saver, 0, 1, 2, 3, 4)
-    world.evict(key_prefix, "one")
+    world.evict("one")
 
     thread.put(saver, *again)
 
@@ -618,11 +645,11 @@ def test_checkpoints_put_again_after_eviction_are_not_the_latest(
 
 
 def test_a_new_branch_of_older_ids_after_eviction_is_not_the_latest(
-    world: World, key_prefix: str, saver: TieredSaver, thread: Thread
+    world: World, saver: TieredSaver, thread: Thread
 ) -> None:
     """I6: nor when two older checkpoints arrive late, from a process that was slow, while nothing is hot."""
     thread.put(saver, 0, 1, 4)
-    world.evict(key_prefix, "one")
+    world.evict("one")
 
     thread.put(saver, 2, 3)
 
@@ -644,12 +671,12 @@ def test_writes_of_a_later_checkpoint_survive_the_put_of_one_before_it(
 
 @pytest.mark.parametrize("first", [0, 1])
 def test_writes_that_were_evicted_before_their_checkpoint_arrived(
-    world: World, key_prefix: str, saver: TieredSaver, thread: Thread, first: int
+    world: World, saver: TieredSaver, thread: Thread, first: int
 ) -> None:
     """I9: writes that came early and left the hot tier before their checkpoint came are found in the cold one."""
     thread.put(saver, *range(first))
     thread.write(saver, first)
-    world.evict(key_prefix, "one")
+    world.evict("one")
 
     thread.put(saver, first)
 
@@ -659,17 +686,17 @@ def test_writes_that_were_evicted_before_their_checkpoint_arrived(
 @pytest.mark.parametrize("evicted", ["before", "after", "both"])
 @pytest.mark.parametrize("hot", [0, 1])
 def test_warming_keeps_the_writes_of_a_later_checkpoint(
-    world: World, key_prefix: str, saver: TieredSaver, thread: Thread, hot: int, evicted: str
+    world: World, saver: TieredSaver, thread: Thread, hot: int, evicted: str
 ) -> None:
     """I9: a read that makes the latest checkpoint hot again does not lose the writes of the next one."""
     thread.put(saver, *range(hot))
     if evicted != "after":
-        world.evict(key_prefix, "one")
+        world.evict("one")
         thread.put(saver, hot)
         hot += 1
     thread.write(saver, hot)
     if evicted != "before":
-        world.evict(key_prefix, "one")
+        world.evict("one")
     thread.check(saver)
 
     thread.put(saver, hot)
@@ -680,21 +707,18 @@ def test_warming_keeps_the_writes_of_a_later_checkpoint(
 @pytest.mark.parametrize("change", ["delete", "prune", "put", "write"])
 @pytest.mark.parametrize("made_by", ["us", "PostgresSaver"])
 def test_a_change_during_a_miss_is_not_undone_by_warming(
-    world: World, key_prefix: str, saver: TieredSaver, thread: Thread, made_by: str, change: str
+    world: World, saver: TieredSaver, thread: Thread, made_by: str, change: str
 ) -> None:
     """I5, I9: what happens between the cold read of a miss and the warming is seen by the next read."""
     saver.setup()
     if made_by == "us":
         thread.put(saver, 0, 1)
         saver.flush()
-        world.evict(key_prefix, "one")
+        world.evict("one")
     else:
-        with world.connect() as connection:
-            plain = PostgresSaver(connection)
+        for one in (PostgresSaver(world.postgres), thread.model):
             for arguments in thread.checkpoints[:2]:
-                plain.put(*arguments)
-        for arguments in thread.checkpoints[:2]:
-            thread.model.put(*arguments)
+                one.put(*arguments)
 
     def before_warming() -> None:
         if change == "put":
@@ -730,9 +754,9 @@ def read_with_a_pause(saver: TieredSaver, config: RunnableConfig, before_warming
         assert paused
 
 
-def test_flush_across_another_savers_record_does_not_linger(world: World, key_prefix: str, thread: Thread) -> None:
+def test_flush_across_another_savers_record_does_not_linger(world: World, thread: Thread) -> None:
     """I3, I8: who waits for a flush does not pay for `flush_linger`, also where another saver's record is between."""
-    with world.open(key_prefix) as one, world.open(key_prefix) as other:
+    with world.open() as one, world.open() as other:
         thread.put(one, 0)
         thread.put(other, 1)
         thread.put(one, 2)
@@ -745,17 +769,17 @@ def test_flush_across_another_savers_record_does_not_linger(world: World, key_pr
 
 
 @pytest.mark.parametrize("hot_ttl", [None, 3600.0])
-def test_a_miss_does_not_shorten_what_is_kept_hot(
-    world: World, key_prefix: str, thread: Thread, hot_ttl: float
-) -> None:
+def test_a_miss_does_not_shorten_what_is_kept_hot(world: World, thread: Thread, hot_ttl: float) -> None:
     """I5: hot state lives for `hot_ttl`, and the set that a delete finds it by no less, also after a miss."""
-    with world.open(key_prefix, hot_ttl=hot_ttl) as saver, redis.Redis.from_url(world.redis_url) as client:
+    with world.open(hot_ttl=hot_ttl) as saver, redis.Redis.from_url(world.redis_url) as client:
         saver.get_tuple(config_of("one", ""))
         thread.put(saver, 0)
         thread.write(saver, 0)
         thread.check(saver)
 
-        names = [name for name in client.scan_iter(match=f"{{{key_prefix}:*") if b":hot:" in name or b"namesp" in name]
+        names = [
+            name for name in client.scan_iter(match=f"{{{world.key_prefix}:*") if b":hot:" in name or b"namesp" in name
+        ]
 
         lives = {name: client.pttl(name) for name in names}
         assert len(lives) == 2
