@@ -384,9 +384,9 @@ def test_two_processes_write_to_one_thread(
     make_saver(sweep_interval=0).setup()
     sweeper = start("sweep", settings={"sweep_interval": 0.05, "orphan_grace": 0.02})
     sweeper.wait_for(1)
-    # Small batches make many transactions, between which an order could be broken.
-    small = {"flush_linger": 0.001, "flush_max_records": 5, "sweep_interval": 0}
-    writers = [start("write", threads=["shared"], steps=300, settings=small) for _ in range(2)]
+    # One flushes often, in transactions as small as they get, the other seldom: its records must not be overtaken.
+    paces = ({"flush_linger": 0.001, "flush_max_records": 5}, {"flush_linger": 0.05})
+    writers = [start("write", threads=["shared"], steps=300, settings={**pace, "sweep_interval": 0}) for pace in paces]
     looks: list[tuple[set[int], int]] = []
     missing: list[tuple[int, int]] = []
     with (

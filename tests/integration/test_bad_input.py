@@ -100,7 +100,7 @@ def assert_kept_secret(
             assert secret not in text
 
 
-def timed(call: Callable[[], Any], expected: type[TieredSaverError], seconds: float, match: str = "") -> Exception:
+def timed(call: Callable[[], Any], expected: type[TieredSaverError], seconds: float, match: str = ".") -> Exception:
     """Call, and give the error, which must be of the type and come in time."""
     began = time.monotonic()
     with pytest.raises(expected, match=match) as caught:
