@@ -83,6 +83,7 @@ class Flusher:
         self._stopping = threading.Event()
         self._draining = False
         self._next_sweep = 0.0
+        self._has_swept = False
         self._backoff = 0.0
         self.healthy = True
 
@@ -175,14 +176,17 @@ class Flusher:
     # --- adoption ------------------------------------------------------------------------------------------------
 
     def sweep(self) -> int:
-        """Look for orphans, unless another process does so during this interval.
+        """Look for orphans, unless another process does so during this interval; always the first time.
 
         Returns:
             How many threads are to be adopted.
         """
         interval = self._config.sweep_interval
         self._next_sweep = time.monotonic() + interval * random.uniform(0.9, 1.1)  # noqa: S311 - jitter
-        if not tier.acquire_sweep(self._client, self._config):
+        # A lease outlives the process that took it, and may be the very one whose orphans wait: the first look of a
+        # process, which costs one round trip, is free.
+        first, self._has_swept = not self._has_swept, True
+        if not tier.acquire_sweep(self._client, self._config) and not first:
             return 0
         return self.adopt_orphans(self._config.orphan_grace)
 

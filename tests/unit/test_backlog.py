@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from langgraph_tiered_saver import ColdTierUnavailableError, SaverClosedError, TieredConfig, backlog
@@ -18,6 +18,8 @@ from langgraph_tiered_saver.backlog import Backlog, Plan
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+# On a busy machine neither a slow example nor slow generation is a failure.
+RELAXED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 LONG = 600.0  # seconds that no test waits
 SOON = 5.0  # seconds in which a woken thread has surely gone on
 REFUSED = ColdTierUnavailableError("not now")
@@ -208,7 +210,7 @@ steps = st.lists(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(RELAXED, max_examples=400)
 @given(steps, st.sampled_from([{}, {"flush_max_records": 2}, {"max_memory_bytes": 4}, {"max_memory_bytes": 0}]))
 def test_no_interleaving_writes_a_record_before_its_predecessors(
     steps: list[tuple[int, str, int]], settings: dict[str, int]
@@ -514,7 +516,8 @@ def test_the_oldest_record_tells_the_lag() -> None:
     first = queue._queues["a"].entries[0].acknowledged
     add(queue, "b", 1)
 
-    assert queue.state().oldest_age >= time.monotonic() - first - 0.1
+    now = time.monotonic()
+    assert queue.state().oldest_age >= now - first
     queue.flushed("a", 1)
     queue.flushed("b", 1)
     assert queue.state().oldest_age == 0.0

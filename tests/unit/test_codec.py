@@ -10,7 +10,7 @@ import uuid
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from langgraph.checkpoint.base import ERROR, INTERRUPT, RESUME, SCHEDULED, writes_sort_key
 from langgraph.checkpoint.postgres import PostgresSaver
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     from langchain_core.runnables import RunnableConfig
 
+# On a busy machine neither a slow example nor slow generation is a failure.
+RELAXED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 SERDE = JsonPlusSerializer()
 CONFIG: RunnableConfig = {"configurable": {"thread_id": "t", "checkpoint_ns": "ns", "checkpoint_id": "0-parent"}}
 HERE = names.ThreadPosition("t", "ns", "")
@@ -134,7 +136,7 @@ states = st.dictionaries(channels, st.one_of(plain, nested), max_size=6)
 # --- values ----------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=300)
+@settings(RELAXED, max_examples=300)
 @given(states)
 @example({"a": "\\u0000", "b": "\0", "c": "\ud800", "d": math.nan, "e": -0.0, "f": 2**64, "g": 1e16, "h": LONG})
 def test_hot_values_come_back_with_their_types(values: dict[str, Any]) -> None:
@@ -147,6 +149,7 @@ def test_hot_values_come_back_with_their_types(values: dict[str, Any]) -> None:
     assert found.parent_config == CONFIG
 
 
+@RELAXED
 @given(states)
 def test_what_is_inlined_is_text_that_postgresql_takes(values: dict[str, Any]) -> None:
     """I1: nothing in a record's JSON is refused by PostgreSQL for good: no NUL, lone surrogate, NaN or infinity."""
@@ -204,6 +207,7 @@ def test_the_inlining_rule(value: Any, inlined: bool) -> None:
 
 
 @pytest.mark.parametrize("serde", [EncryptedSerializer(Rot13()), HomeMade()], ids=["official", "home-made"])
+@RELAXED
 @given(value=st.one_of(st.text(min_size=6, max_size=40), st.integers(-(2**63), 2**64 - 1), st.none(), st.booleans()))
 def test_no_channel_value_is_in_plaintext_under_a_serializer_that_encrypts(serde: Any, value: Any) -> None:
     """A serializer that encrypts gets every value, primitives too; none is inlined."""
@@ -287,6 +291,7 @@ def test_a_delta_snapshot_leaves_the_marker_that_postgres_saver_leaves() -> None
 # --- hot state -------------------------------------------------------------------------------------------------------
 
 
+@RELAXED
 @given(states, st.data())
 def test_a_hash_that_misses_anything_is_a_miss(values: dict[str, Any], data: st.DataObject) -> None:
     """I2, I9: a hot hash without one of its fields, or with another version, is never half an answer."""
@@ -325,6 +330,7 @@ calls = st.tuples(
 )
 
 
+@RELAXED
 @given(st.lists(calls, max_size=4, unique_by=lambda call: call[0]), st.randoms())
 def test_pending_writes_come_in_langgraph_s_order(given_calls: list[Any], random: Any) -> None:
     """I9: by path, task and index, whatever the order of arrival and of the hash's fields."""
@@ -393,6 +399,7 @@ def test_versions_are_written_as_postgresql_s_jsonb_writes_them(version: Any, te
     assert names.version_text(version) == text
 
 
+@RELAXED
 @given(st.one_of(st.none(), st.integers(0, 10**6), st.text("0123456789", min_size=1, max_size=32)))
 def test_our_versions_continue_those_of_postgres_saver(current: Any) -> None:
     """The next version is greater than the current one, and has PostgresSaver's form."""
@@ -477,6 +484,7 @@ def test_writes_without_a_checkpoint_id_are_refused() -> None:
         codec.encode_writes(SERDE, {"configurable": {"thread_id": "t"}}, [("a", 1)], "task", "")
 
 
+@RELAXED
 @given(
     st.dictionaries(
         st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=6),

@@ -6,7 +6,7 @@ import json
 import struct
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from langgraph_tiered_saver.records import (
@@ -21,6 +21,8 @@ from langgraph_tiered_saver.records import (
     unpack_value,
 )
 
+# On a busy machine neither a slow example nor slow generation is a failure.
+RELAXED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 # Names are checked before they become records, so that they can always be encoded.
 names = st.text(st.characters(codec="utf-8"), max_size=12)
 values = st.tuples(names.filter(lambda name: "\0" not in name), st.binary(max_size=40)).map(pack_value)
@@ -49,12 +51,14 @@ def test_frames_are_laid_out_as_the_scripts_read_them() -> None:
     assert frame([b"ab", b"", b"\x00"]) == b"\x00\x00\x00\x02ab" + b"\x00\x00\x00\x00" + b"\x00\x00\x00\x01\x00"
 
 
+@RELAXED
 @given(st.lists(st.binary(max_size=300), max_size=8))
 def test_frames_come_back_as_they_were(parts: list[bytes]) -> None:
     """I1: no byte string, however odd, is changed or confused with its neighbour."""
     assert unframe(frame(parts)) == parts
 
 
+@RELAXED
 @given(st.lists(st.binary(min_size=1, max_size=20), min_size=1, max_size=4), st.data())
 def test_frames_that_were_cut_are_refused(parts: list[bytes], data: st.DataObject) -> None:
     """I7: bytes that end within a frame are an error, never a shorter record."""
@@ -66,6 +70,7 @@ def test_frames_that_were_cut_are_refused(parts: list[bytes], data: st.DataObjec
         unframe(whole[:cut])
 
 
+@RELAXED
 @given(st.binary(max_size=60))
 def test_any_bytes_are_frames_or_refused(payload: bytes) -> None:
     """I7: bytes are split so that joining gives them back, or refused."""
@@ -76,12 +81,14 @@ def test_any_bytes_are_frames_or_refused(payload: bytes) -> None:
     assert frame(parts) == payload
 
 
+@RELAXED
 @given(records)
 def test_records_come_back_as_they_were(record: CheckpointRecord | WritesRecord | MaintenanceRecord) -> None:
     """I1: what the flusher reads from the journal is what was acknowledged."""
     assert decode(encode(record)) == record
 
 
+@RELAXED
 @given(st.one_of(st.binary(max_size=80), st.lists(st.binary(max_size=10), max_size=9).map(frame)))
 def test_bytes_of_somebody_else_are_refused_as_a_value_error(payload: bytes) -> None:
     """I7: the flusher sets a thread aside on `ValueError`; any other error would stop every thread."""
@@ -114,6 +121,7 @@ def test_a_record_this_version_does_not_know_is_refused(parts: list[bytes]) -> N
         decode(frame(parts))
 
 
+@RELAXED
 @given(names.filter(lambda name: "\0" not in name), st.binary(max_size=60))
 def test_values_keep_their_type_and_bytes(type_: str, data: bytes) -> None:
     """I1: a value's bytes may hold NULs; only the first one separates."""

@@ -6,12 +6,14 @@ import string
 from urllib.parse import quote, urlsplit
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from langgraph_tiered_saver import ConfigurationError, TieredSaver
 from langgraph_tiered_saver.redaction import redact
 
+# On a busy machine neither a slow example nor slow generation is a failure.
+RELAXED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 # "Zq" is in no host, scheme or message, so that finding it means that a part of the password was let through.
 passwords = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), max_size=8).map(
     lambda text: f"Zq{text}Zq"
@@ -23,6 +25,7 @@ schemes = st.sampled_from(["redis", "rediss", "postgresql", "postgres", "unix"])
 users = st.sampled_from(["", "user", "a.b-c", "user%40corp"])
 
 
+@RELAXED
 @given(schemes, users, passwords)
 def test_an_encoded_password_in_a_url_is_hidden(scheme: str, user: str, password: str) -> None:
     """A percent-encoded password is replaced, and nothing else of the URL."""
@@ -31,6 +34,7 @@ def test_an_encoded_password_in_a_url_is_hidden(scheme: str, user: str, password
     assert redact(url) == f"{scheme}://{user}:***@host.example:1234/0?timeout=3"
 
 
+@RELAXED
 @given(users, unquoted)
 def test_a_password_that_redis_py_takes_unencoded_is_hidden(user: str, password: str) -> None:
     """redis-py splits at the last `@`, so that a password may hold others; no part of it stays."""
@@ -43,6 +47,7 @@ def test_a_password_that_redis_py_takes_unencoded_is_hidden(user: str, password:
     assert redact(url) == f"redis://{user}:***@host:6379/0"
 
 
+@RELAXED
 @given(passwords)
 def test_a_quoted_password_of_a_connection_string_is_hidden(password: str) -> None:
     """The client library quotes with `'` and escapes with a backslash."""
@@ -52,6 +57,7 @@ def test_a_quoted_password_of_a_connection_string_is_hidden(password: str) -> No
     assert redact(f"password = '{escaped}'") == "password = ***"
 
 
+@RELAXED
 @given(st.sampled_from(["password", "PASSWORD", "passwd", "pwd", "sslpassword"]), unquoted)
 def test_an_unquoted_password_is_hidden(name: str, password: str) -> None:
     """So is a plain one, by whatever name, in a connection string or in a URL's query."""
@@ -60,6 +66,7 @@ def test_an_unquoted_password_is_hidden(name: str, password: str) -> None:
     assert "Zq" not in redact(f"postgresql://host/db?{name}={quote(password, safe='')}&connect_timeout=3")
 
 
+@RELAXED
 @given(passwords, st.sampled_from(["could not connect as {}", 'invalid token: "{}"', "{}", "{}:{}"]))
 def test_a_password_is_hidden_wherever_a_message_repeats_it(password: str, message: str) -> None:
     """A driver's message may quote the password without its URL, encoded or not."""
