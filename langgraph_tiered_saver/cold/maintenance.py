@@ -91,11 +91,12 @@ READ_VERSIONS = """
 SELECT ARRAY(SELECT jsonb_object_keys(checkpoint -> 'channel_versions')) AS channels FROM checkpoints
 WHERE thread_id = %s AND checkpoint_ns = %s AND checkpoint_id = %s"""
 
-# Checkpoints that store a value of a channel: inlined, or as a blob of the version they name.
+# Checkpoints that store a value of a channel: inlined, or as a blob of the version they name. The walk that rebuilds a
+# delta channel goes past an inlined null, so that is none.
 HAVE_VALUE = """
 SELECT c.checkpoint_id FROM checkpoints c
 WHERE c.thread_id = %s AND c.checkpoint_ns = %s AND (
-    coalesce(c.checkpoint -> 'channel_values', '{}') ? %s
+    coalesce(c.checkpoint -> 'channel_values' -> %s, 'null'::jsonb) <> 'null'::jsonb
     OR EXISTS (
         SELECT 1 FROM checkpoint_blobs b
         WHERE b.thread_id = c.thread_id AND b.checkpoint_ns = c.checkpoint_ns AND b.channel = %s

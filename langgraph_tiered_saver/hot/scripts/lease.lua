@@ -7,5 +7,7 @@ redis.call('HSET', KEYS[1], 'l', ARGV[1])
 -- A delete finds the hash, and with it the token, by the set of namespaces.
 local added = redis.call('SADD', KEYS[3], ARGV[2])
 if not redis.call('HGET', KEYS[1], 'id') then redis.call('PEXPIRE', KEYS[1], ARGV[3]) end
-if added == 1 and redis.call('SCARD', KEYS[3]) == 1 then redis.call('PEXPIRE', KEYS[3], ARGV[3]) end
+local life = redis.call('PTTL', KEYS[3])
+local fresh = added == 1 and redis.call('SCARD', KEYS[3]) == 1
+if fresh or (life >= 0 and life < tonumber(ARGV[3])) then redis.call('PEXPIRE', KEYS[3], ARGV[3]) end
 return redis.call('XLEN', KEYS[2])
