@@ -72,11 +72,6 @@ class EncodedCheckpoint:
     _serde: SerializerProtocol
     _values: Mapping[str, Any] = field(repr=False)
 
-    @property
-    def complete(self) -> bool:
-        """Whether `blobs` holds every channel of the checkpoint."""
-        return not self.unchanged
-
     def record(self) -> CheckpointRecord:
         """Make the record of what is carried."""
         position = self.position
