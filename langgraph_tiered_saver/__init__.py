@@ -6,10 +6,13 @@ with TieredSaver.from_conn_string(redis_url, postgres_url) as saver:
     graph = builder.compile(checkpointer=saver)
 """
 
+from langgraph_tiered_saver.cold.quarantine import QuarantinedRecord, QuarantinedThread
 from langgraph_tiered_saver.cold.threads import ThreadSummary
 from langgraph_tiered_saver.config import TieredConfig
 from langgraph_tiered_saver.errors import (
+    AcknowledgementShortfallError,
     BacklogFullError,
+    BothTiersUnavailableError,
     ColdTierRejectedError,
     ColdTierUnavailableError,
     ConfigurationError,
@@ -20,15 +23,19 @@ from langgraph_tiered_saver.errors import (
     InvalidInputError,
     SaverClosedError,
     SerializationError,
+    StaleWriterError,
     ThreadQuarantinedError,
     TieredSaverError,
     TierUnavailableError,
 )
+from langgraph_tiered_saver.run_lease import RunLease
 from langgraph_tiered_saver.saver import TieredSaver
 from langgraph_tiered_saver.stats import TieredStats
 
 __all__ = [
+    "AcknowledgementShortfallError",
     "BacklogFullError",
+    "BothTiersUnavailableError",
     "ColdTierRejectedError",
     "ColdTierUnavailableError",
     "ConfigurationError",
@@ -37,8 +44,12 @@ __all__ = [
     "HotTierRejectedError",
     "HotTierUnavailableError",
     "InvalidInputError",
+    "QuarantinedRecord",
+    "QuarantinedThread",
+    "RunLease",
     "SaverClosedError",
     "SerializationError",
+    "StaleWriterError",
     "ThreadQuarantinedError",
     "ThreadSummary",
     "TierUnavailableError",

@@ -32,6 +32,8 @@ class Entry:
         previous: The previous record's in the journal at that moment; 0 if the journal was empty.
         size: Its bytes.
         payload: The record; None if memory was short, so that it must be read from the journal.
+        generation: The generation in which it was acknowledged.
+        maintains: It removes or copies rows.
         acknowledged: When, by this process's monotonic clock, in seconds.
     """
 
@@ -39,6 +41,8 @@ class Entry:
     previous: int = field(compare=False)
     size: int = field(compare=False)
     payload: bytes | None = field(compare=False, repr=False)
+    generation: int = field(compare=False)
+    maintains: bool = field(compare=False)
     acknowledged: float = field(compare=False)
 
 
@@ -48,6 +52,7 @@ class _Queue:
     flushed: int = 0
     adopt: bool = False
     tickets: list[tuple[int, Ticket]] = field(default_factory=list)
+    soft: list[Ticket] = field(default_factory=list)
     settling: list[Ticket] = field(default_factory=list)
     planned_settling: list[Ticket] = field(default_factory=list)
 
@@ -60,11 +65,13 @@ class Plan:
         thread_id: The thread.
         entries: This process's records, oldest first.
         read_journal: Somebody else's records may lie between or before them, so the journal must be read.
+        without_journal: Such records are not looked at, because Redis is not trusted: others flush what they hold.
     """
 
     thread_id: str
     entries: Sequence[Entry]
     read_journal: bool
+    without_journal: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,9 @@ class Backlog:
         self._queues: OrderedDict[str, _Queue] = OrderedDict()
         self._flushed: OrderedDict[str, int] = OrderedDict()
         self._quarantined: dict[str, TieredSaverError] = {}
+        self._generation: int | None = None
+        self._distrust: TieredSaverError | None = None
+        self._uses_journal = False
         self._records = 0
         self._bytes = 0
         self._memory = 0
@@ -95,11 +105,70 @@ class Backlog:
         self._waiting = 0  # tickets that are not resolved; while there are any, nobody lingers
         self._hurry = False
 
+    # --- the generation ------------------------------------------------------------------------------------------
+
+    def trust(self, generation: int) -> None:
+        """Begin to take over what is acknowledged in a generation, and to use the journal."""
+        with self._changed:
+            self._generation, self._distrust, self._uses_journal = generation, None, True
+            self._changed.notify_all()
+
+    def distrust(self, error: TieredSaverError) -> None:
+        """Take over nothing more, and flush from memory alone; whoever waits for a journal is told the error.
+
+        What removes or copies rows is given up: it must not overtake what others hold, and whoever asked for it asks
+        again when all have flushed.
+        """
+        with self._changed:
+            self._generation, self._distrust, self._uses_journal = None, error, False
+            done: list[Ticket] = []
+            for thread_id, queue in list(self._queues.items()):
+                given_up = [entry for entry in queue.entries if entry.maintains]
+                if given_up:
+                    for entry in given_up:
+                        self._release(entry)
+                    queue.entries = [entry for entry in queue.entries if not entry.maintains]
+                    last = queue.entries[-1].sequence if queue.entries else 0
+                    done += [ticket for sequence, ticket in queue.tickets if sequence > last]
+                    queue.tickets = [waiting for waiting in queue.tickets if waiting[0] <= last]
+                    done += self._finish(thread_id, queue)
+            self._waiting -= len(done)
+            self._hurry = True
+            self._changed.notify_all()
+        for ticket in done:
+            _resolve(ticket, None)
+        self.fail_settling(error)
+
+    def use_journal(self) -> None:
+        """Read what memory could not keep from a journal that is there again, though its hot state is not trusted."""
+        with self._changed:
+            self._uses_journal = True
+            self._hurry = True
+            self._changed.notify_all()
+
+    @property
+    def uses_journal(self) -> bool:
+        """Whether the journal may be read and trimmed."""
+        return self._uses_journal
+
+    def is_drained(self) -> bool:
+        """Whether PostgreSQL has everything that this process has acknowledged."""
+        return self._records == 0
+
     # --- writers -------------------------------------------------------------------------------------------------
 
     def add(
-        self, thread_id: str, sequence: int, previous: int, payload: bytes, *, ticket: Ticket | None = None
-    ) -> None:
+        self,
+        thread_id: str,
+        sequence: int,
+        previous: int,
+        payload: bytes,
+        *,
+        generation: int,
+        ticket: Ticket | None = None,
+        soft: bool = False,
+        maintains: bool = False,
+    ) -> bool:
         """Take over an acknowledged record.
 
         Args:
@@ -107,27 +176,34 @@ class Backlog:
             sequence: Its sequence number.
             previous: What the script replied with it.
             payload: The record.
+            generation: The generation in which the script was called.
             ticket: Resolved when PostgreSQL has the record; the flusher then does not linger.
+            soft: The ticket fails with the first flush that does; the record stays.
+            maintains: It removes or copies rows, so that it must come after all records before it.
+
+        Returns:
+            False if that generation is not trusted any more: the record counts as not acknowledged.
         """
         size = len(payload)
         with self._changed:
-            if (refused := self._quarantined.get(thread_id)) is not None:
-                if ticket is not None:
-                    _resolve(ticket, refused)
-                return
+            if generation != self._generation:
+                return False
             queue = self._queue(thread_id)
             keep = self._memory + size <= self._config.max_memory_bytes
-            entry = Entry(sequence, previous, size, payload if keep else None, time.monotonic())
+            entry = Entry(sequence, previous, size, payload if keep else None, generation, maintains, time.monotonic())
             insort(queue.entries, entry)
             self._records += 1
             self._bytes += size
             self._memory += size if keep else 0
             if ticket is not None:
                 queue.tickets.append((sequence, ticket))
+                if soft:
+                    queue.soft.append(ticket)
                 self._waiting += 1
                 self._hurry = True
             if self._flusher_waits or ticket is not None:
                 self._changed.notify_all()
+        return True
 
     def settle(self, thread_ids: Iterable[str]) -> list[Ticket]:
         """Ask that PostgreSQL gets all records of some threads, whoever wrote them.
@@ -140,20 +216,24 @@ class Backlog:
             for thread_id in thread_ids:
                 ticket: Ticket = Future()
                 tickets.append(ticket)
-                queue = self._queue(thread_id)
-                queue.adopt = True
-                queue.settling.append(ticket)
-            self._waiting += len(tickets)
+                if self._uses_journal:
+                    queue = self._queue(thread_id)
+                    queue.adopt = True
+                    queue.settling.append(ticket)
+                    self._waiting += 1
             self._hurry = True
             self._changed.notify_all()
+            distrust = None if self._uses_journal else self._distrust
+        if distrust is not None:
+            for ticket in tickets:
+                _resolve(ticket, distrust)
         return tickets
 
     def adopt(self, thread_ids: Iterable[str]) -> None:
         """Note that the journals of some threads must be flushed, nobody waiting for it."""
         with self._changed:
             for thread_id in thread_ids:
-                if thread_id not in self._quarantined:
-                    self._queue(thread_id).adopt = True
+                self._queue(thread_id).adopt = True
             self._changed.notify_all()
 
     def holds(self, thread_id: str) -> bool:
@@ -239,23 +319,37 @@ class Backlog:
         records = size = 0
         with self._changed:
             self._hurry = False
+            uses_journal = self._uses_journal
             for thread_id, queue in self._queues.items():
                 if records >= self._config.flush_max_records or size >= self._config.flush_max_bytes:
                     break
                 chosen, read_journal = self._choose(queue, self._config.flush_max_records - records,
-                                                    self._config.flush_max_bytes - size)  # fmt: skip
-                if queue.adopt or read_journal:
+                                                    self._config.flush_max_bytes - size, uses_journal)  # fmt: skip
+                if not uses_journal:
+                    # What lies in the journal alone waits until Redis is back.
+                    if not chosen:
+                        continue
+                elif queue.adopt or read_journal:
                     # Those who ask from now on need another look at the journal.
                     queue.planned_settling += queue.settling
                     queue.settling = []
                     queue.adopt = False
                     chosen, read_journal = list(queue.entries), True
-                plans.append(Plan(thread_id, chosen, read_journal))
+                plans.append(Plan(thread_id, chosen, read_journal, without_journal=not uses_journal))
                 records += max(1, len(chosen))
                 size += sum(entry.size for entry in chosen)
         return plans
 
-    def flushed(self, thread_id: str, up_to: int, *, last: bool = True, more: bool = False) -> int:
+    def flushed(
+        self,
+        thread_id: str,
+        up_to: int,
+        *,
+        last: bool = True,
+        more: bool = False,
+        refused: TieredSaverError | None = None,
+        alone: bool = False,
+    ) -> int:
         """Note that PostgreSQL has a thread's records up to a sequence number.
 
         Args:
@@ -264,12 +358,18 @@ class Backlog:
             last: The thread's plan is done with it.
             more: The journal held more than was read, so it must be read again before anybody is told that the
                 thread is settled.
+            refused: The thread is under quarantine, and whoever waits is told this.
+            alone: Nothing is known of others' records before it.
 
         Returns:
             How many of them were this process's own.
         """
         done: list[Ticket] = []
         with self._changed:
+            if refused is not None:
+                self._quarantined[thread_id] = refused
+            else:
+                self._quarantined.pop(thread_id, None)
             queue = self._queues.get(thread_id)
             if queue is None:
                 return 0
@@ -277,7 +377,8 @@ class Backlog:
             for entry in queue.entries[:count]:
                 self._release(entry)
             del queue.entries[:count]
-            queue.flushed = max(queue.flushed, up_to)
+            if not alone:
+                queue.flushed = max(queue.flushed, up_to)
             done += [ticket for sequence, ticket in queue.tickets if sequence <= up_to]
             queue.tickets = [waiting for waiting in queue.tickets if waiting[0] > up_to]
             if last:
@@ -289,10 +390,12 @@ class Backlog:
                 queue.planned_settling = []
                 done += self._finish(thread_id, queue)
             self._waiting -= len(done)
+            roomy: list[Ticket] = []
             if self._room_waiters and self.has_room():
-                done += self._room_waiters
-                self._room_waiters = []
+                roomy, self._room_waiters = self._room_waiters, []
         for ticket in done:
+            _resolve(ticket, refused)
+        for ticket in roomy:
             _resolve(ticket, None)
         return count
 
@@ -303,6 +406,9 @@ class Backlog:
             for thread_id in thread_ids:
                 queue = self._queues.get(thread_id)
                 if queue is not None:
+                    failing, queue.soft = set(queue.soft), []
+                    tickets += [ticket for _, ticket in queue.tickets if ticket in failing]
+                    queue.tickets = [waiting for waiting in queue.tickets if waiting[1] not in failing]
                     tickets += queue.planned_settling + queue.settling
                     queue.planned_settling, queue.settling = [], []
                     # What this process does not hold itself is left to the sweep.
@@ -312,23 +418,28 @@ class Backlog:
         for ticket in tickets:
             _resolve(ticket, error)
 
+    def settle_again(self) -> None:
+        """Look again at the threads whose settling failed; those who wait go on waiting."""
+        with self._changed:
+            for queue in self._queues.values():
+                queue.settling = queue.planned_settling + queue.settling
+                queue.planned_settling = []
+                queue.adopt = queue.adopt or bool(queue.settling)
+
     def fail_settling(self, error: TieredSaverError) -> None:
         """Do what `failed` does, for all threads."""
         self.failed(list(self._queues), error)
 
-    def quarantine(self, thread_id: str, error: TieredSaverError) -> None:
-        """Set a thread aside: its records stay in the journal, and whoever waits for them is told why."""
-        tickets: list[Ticket] = []
+    def quarantined(self) -> list[str]:
+        """List the threads that were under quarantine when this process last flushed records of theirs."""
         with self._changed:
-            self._quarantined[thread_id] = error
-            queue = self._queues.pop(thread_id, None)
-            if queue is not None:
-                for entry in queue.entries:
-                    self._release(entry)
-                tickets = [ticket for _, ticket in queue.tickets] + queue.planned_settling + queue.settling
-                self._waiting -= len(tickets)
-        for ticket in tickets:
-            _resolve(ticket, error)
+            return list(self._quarantined)
+
+    def release(self, thread_ids: Iterable[str]) -> None:
+        """Note that threads are not under quarantine any more."""
+        with self._changed:
+            for thread_id in thread_ids:
+                self._quarantined.pop(thread_id, None)
 
     def give_up(self, error: TieredSaverError) -> int:
         """Fail everybody who waits, because the flusher stops.
@@ -368,14 +479,19 @@ class Backlog:
             queue = self._queues[thread_id] = _Queue(flushed=self._flushed.pop(thread_id, 0))
         return queue
 
-    def _choose(self, queue: _Queue, most_records: int, most_bytes: int) -> tuple[list[Entry], bool]:
-        """Take the longest run of own records that nobody else's lie between or before."""
+    def _choose(
+        self, queue: _Queue, most_records: int, most_bytes: int, uses_journal: bool
+    ) -> tuple[list[Entry], bool]:
+        """Take the longest run of own records that nobody else's lie between or before.
+
+        Without a journal others flush what they hold, and no record of ours needs another process's (see put.lua).
+        """
         chosen: list[Entry] = []
         known, size = queue.flushed, 0
         for entry in queue.entries:
             if chosen and (len(chosen) >= most_records or size >= most_bytes):
                 break
-            if entry.payload is None or entry.previous > known:
+            if entry.payload is None or (uses_journal and entry.previous > known):
                 return chosen, not chosen
             chosen.append(entry)
             known = entry.sequence

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from psycopg_pool import ConnectionPool
@@ -12,8 +13,11 @@ from psycopg_pool import ConnectionPool
 from langgraph_tiered_saver.cold.pool import ColdPool, check_url, make_pool
 from langgraph_tiered_saver.config import ENVIRONMENT_PREFIX, TieredConfig
 from langgraph_tiered_saver.errors import ConfigurationError
+from langgraph_tiered_saver.health import InstanceGuard
 from langgraph_tiered_saver.hot import clients
 from langgraph_tiered_saver.runtime import Runtime, clone_pool
+
+_PROBE_TIMEOUT = 0.5  # seconds in which a Redis that was away must answer to be looked at again
 
 _URL_VARIABLES = {
     "Redis": (ENVIRONMENT_PREFIX + "REDIS_URL", "REDIS_URL"),
@@ -46,11 +50,24 @@ def from_urls(redis_url: str, postgres_url: str, config: TieredConfig) -> Callab
     clients.from_url(redis_url, config)
 
     def build() -> Runtime:
-        client, make_async = clients.from_url(redis_url, config)
+        guard = InstanceGuard()
+        client, make_async = clients.from_url(redis_url, config, guard)
         pool = ColdPool(make_pool(postgres_url, config), config, ours=True)
-        return Runtime(client, clients.LoopClients(make_async), pool, config, close_client=True)
+        probing = _for_probes(config)
+        return Runtime(
+            client,
+            clients.LoopClients(make_async),
+            pool,
+            config,
+            guard=guard,
+            make_probe=lambda: clients.from_url(redis_url, probing, like=client)[0],
+        )
 
     return build
+
+
+def _for_probes(config: TieredConfig) -> TieredConfig:
+    return replace(config, redis_timeout=min(config.redis_timeout, _PROBE_TIMEOUT), redis_retries=0)
 
 
 def from_clients(
@@ -77,16 +94,25 @@ def from_clients(
         clients.check_decoding(async_redis)
     owner = os.getpid()
 
-    def make_async() -> Any:
-        return clients.derive_async(redis, config)()
-
     def build() -> Runtime:
-        if os.getpid() == owner:
-            cold, given_async = ColdPool(pool, config, ours=False), async_redis
-        else:
-            # A forked child must not share the pool's sockets, nor those of an event loop it does not have.
-            cold, given_async = ColdPool(clone_pool(pool, config), config, ours=True), None
-        loops = clients.LoopClients(make_async, given_async)
-        return Runtime(redis, loops, cold, config, close_client=False)
+        guard = InstanceGuard()
+        # The user's own connections are looked at by nobody, and must not be shared with a forked child.
+        client = clients.guarded(redis, config, guard)
+        make_async = (
+            clients.derive_async(redis, config, guard)
+            if async_redis is None
+            else clients.aguarded(async_redis, config, guard)
+        )
+        same_process = os.getpid() == owner
+        cold = ColdPool(pool if same_process else clone_pool(pool, config), config, ours=not same_process)
+        probing = _for_probes(config)
+        return Runtime(
+            client,
+            clients.LoopClients(make_async),
+            cold,
+            config,
+            guard=guard,
+            make_probe=lambda: clients.guarded(redis, probing, None),
+        )
 
     return build

@@ -81,6 +81,7 @@ class EncodedCheckpoint:
             self.parent_id,
             self.checkpoint,
             self.metadata,
+            self.blob_count,
             self.blobs,
         )
 
@@ -205,15 +206,15 @@ def encode_writes(
 
 
 def decode_hot(
-    serde: SerializerProtocol, position: ThreadPosition, fields: Mapping[bytes, bytes]
+    serde: SerializerProtocol, position: ThreadPosition, fields: Mapping[bytes, bytes], generation: int
 ) -> CheckpointTuple | None:
     """Make a tuple of a hot hash's fields.
 
     Returns:
-        None if the hash does not hold a complete checkpoint, so that the cold tier must be asked.
+        None if the hash does not hold a complete checkpoint of this generation, so that the cold tier must be asked.
     """
     checkpoint_id = fields.get(b"id")
-    if checkpoint_id is None or fields.get(b"u", b"") >= checkpoint_id:
+    if checkpoint_id is None or fields.get(b"u", b"") >= checkpoint_id or fields.get(b"g") != b"%d" % generation:
         return None
     try:
         checkpoint, metadata = json.loads(fields[b"c"]), json.loads(fields[b"m"])

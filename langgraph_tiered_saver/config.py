@@ -88,8 +88,44 @@ class TieredConfig:
     orphan_grace: float = 10.0
     """Age in seconds at which an unflushed record counts as an orphan and may be adopted by anybody."""
 
-    redis_timeout: float = 5.0
-    """Seconds for one Redis command, or for connecting, before `HotTierUnavailableError`."""
+    fallback: bool = True
+    """Redis away: go on through PostgreSQL, writes before they return. False: raise `HotTierUnavailableError`."""
+
+    poll_interval: float = 1.0
+    """Seconds between two looks at PostgreSQL, by which a process hears that another one has gone past Redis."""
+
+    durable_channels: str = "__interrupt__,__error__,__resume__"
+    """Writes to these channels (separated by commas) return once PostgreSQL has them, in either `write_mode`."""
+
+    durable_strict: bool = False
+    """Such a write while PostgreSQL is away: True raises `FlushTimeoutError`, False logs, counts and returns."""
+
+    hot_ack: int = 0
+    """Replicas that must have a write before it returns (Redis' `WAIT`). 0: none is waited for."""
+
+    hot_ack_aof: bool = False
+    """Wait until the append-only file of the master, and of `hot_ack` replicas, is on disk (`WAITAOF`, Redis 7.2)."""
+
+    hot_ack_timeout: float = 1.0
+    """Seconds to wait for either."""
+
+    hot_ack_strict: bool = False
+    """Fewer than asked for: True raises `AcknowledgementShortfallError`, False logs and goes on."""
+
+    retention_keep_last: int | None = None
+    """Newest checkpoints of each namespace that `langgraph-tiered worker` leaves. None: all."""
+
+    retention_max_age: float | None = None
+    """Age in seconds beyond which the worker removes a checkpoint that is not its namespace's latest. None: never."""
+
+    retention_delete_idle: float | None = None
+    """Age in seconds of a thread's newest checkpoint beyond which the worker deletes the thread. None: never."""
+
+    retention_interval: float = 3600.0
+    """Seconds between two passes of the worker over all threads, by all workers together."""
+
+    redis_timeout: float = 3.0
+    """Seconds for one Redis command, or for connecting, before Redis counts as away."""
 
     redis_retries: int = 1
     """How often a Redis command is repeated when its connection broke. Every script may safely run twice."""
@@ -124,10 +160,17 @@ class TieredConfig:
             _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         _check(self.postgres_pool_size >= 2, "postgres_pool_size", self.postgres_pool_size,
                "at least 2: the flusher holds one while readers need another")  # fmt: skip
-        for name in ("redis_timeout", "postgres_timeout"):
+        keep_last = self.retention_keep_last
+        _check(keep_last is None or keep_last >= 1, "retention_keep_last", keep_last, "at least 1, or None")
+        for name in ("retention_max_age", "retention_delete_idle"):
+            age = getattr(self, name)
+            _check(age is None or age > 0, name, age, "more than 0 seconds, or None")
+        for name in ("redis_timeout", "postgres_timeout", "retention_interval"):
             _check(getattr(self, name) > 0, name, getattr(self, name), "more than 0 seconds")
+        _check(0.01 <= self.poll_interval <= 60, "poll_interval", self.poll_interval, "0.01 to 60 seconds")
+        _check(_is_text(self.durable_channels), "durable_channels", self.durable_channels, "text in Unicode")
         for name in ("flush_linger", "max_memory_bytes", "backlog_timeout", "flush_timeout", "close_timeout",
-                     "exit_timeout", "sweep_interval", "orphan_grace", "redis_retries",
+                     "exit_timeout", "sweep_interval", "orphan_grace", "redis_retries", "hot_ack", "hot_ack_timeout",
                      "postgres_statement_timeout"):  # fmt: skip
             _check(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
 
@@ -168,6 +211,17 @@ class TieredConfig:
         return settings
 
 
+def parse_seconds(text: str) -> float:
+    """Read a number of seconds, or of minutes, hours or days if it ends in `m`, `h` or `d`.
+
+    Raises:
+        ValueError: the text is neither.
+    """
+    number = text.strip()
+    unit = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}.get(number[-1:].lower())
+    return float(number) if unit is None else float(number[:-1]) * unit
+
+
 def _check(condition: bool, name: str, value: object, allowed: str) -> None:
     if not condition:
         raise ConfigurationError(f"{name}={value!r} cannot be used: it must be {allowed}.")
@@ -203,7 +257,7 @@ def _parse(name: str, text: str, hint: Any) -> Any:
         if bool in kinds:
             return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[text.lower()]
         if float in kinds:
-            return float(text)
+            return parse_seconds(text)
         if int in kinds:
             return int(text)
     except (KeyError, ValueError):

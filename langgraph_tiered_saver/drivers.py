@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from langgraph_tiered_saver.errors import HotTierRejectedError, HotTierUnavailableError, TieredSaverError
 from langgraph_tiered_saver.hot import tier
 from langgraph_tiered_saver.hot.tier import HotCall
-from langgraph_tiered_saver.operations import Blocking, Operation, ReadHash, Wait
+from langgraph_tiered_saver.operations import Blocking, Operation, Wait
 from langgraph_tiered_saver.runtime import Runtime
 
 T = TypeVar("T")
@@ -59,8 +59,6 @@ def _perform(runtime: Runtime, request: Any) -> Any:
     kind = type(request)
     if kind is HotCall:
         return tier.run(runtime.client, request)
-    if kind is ReadHash:
-        return tier.read_hash(runtime.client, request.key)
     if kind is Blocking:
         return request.work()
     if kind is Wait:
@@ -72,8 +70,6 @@ async def _aperform(runtime: Runtime, request: Any) -> Any:
     kind = type(request)
     if kind is HotCall:
         return await tier.arun(runtime.loops.current() or await runtime.loops.open(), request)
-    if kind is ReadHash:
-        return await tier.aread_hash(runtime.loops.current() or await runtime.loops.open(), request.key)
     if kind is Blocking:
         return await asyncio.wrap_future(runtime.executor.submit(request.work))
     if kind is Wait:
@@ -83,14 +79,19 @@ async def _aperform(runtime: Runtime, request: Any) -> Any:
 
 def _wait(request: Wait) -> int:
     deadline = None if request.timeout is None else time.monotonic() + request.timeout
+    failure: TieredSaverError | None = None
+    left = 0
     for index, ticket in enumerate(request.tickets):
         try:
             ticket.result(None if deadline is None else max(0.0, deadline - time.monotonic()))
-        except TieredSaverError:  # some of them are a TimeoutError too
-            raise
+        except TieredSaverError as error:  # some of them are a TimeoutError too
+            failure = failure or error
         except concurrent.futures.TimeoutError:
-            return sum(not waiting.done() for waiting in request.tickets[index:])
-    return 0
+            left = sum(not waiting.done() for waiting in request.tickets[index:])
+            break
+    if failure is not None:
+        raise failure
+    return left
 
 
 async def _await(request: Wait) -> int:

@@ -60,6 +60,14 @@ class ColdTierRejectedError(TieredSaverError):
     """PostgreSQL refused a statement for a reason that trying again will not change (rights, disk, data)."""
 
 
+class BothTiersUnavailableError(HotTierUnavailableError, ColdTierUnavailableError):
+    """Neither Redis nor PostgreSQL could be used.
+
+    A write that raised this was not acknowledged; what was acknowledged before is safe in one of them, or in the memory
+    of the process that wrote it. Repeat the call when one of the servers is back.
+    """
+
+
 class BacklogFullError(TieredSaverError, TimeoutError):
     """PostgreSQL is so far behind that the backlog bound was reached, and stayed so until the deadline.
 
@@ -80,7 +88,10 @@ class FlushTimeoutError(TieredSaverError, TimeoutError):
 
 
 class ThreadQuarantinedError(TieredSaverError):
-    """PostgreSQL refused a record of this thread for good; the thread's records wait in the journal.
+    """PostgreSQL refused a record of this thread for good; that and the later ones are kept in quarantine there.
+
+    Remove the reason and call `retry_quarantined`, or give the records up with `drop_quarantined` (the command is
+    `langgraph-tiered quarantine`). A write that raised this was kept with the others.
 
     Attributes:
         thread_id: The thread that is set aside.
@@ -91,5 +102,35 @@ class ThreadQuarantinedError(TieredSaverError):
         self.thread_id = thread_id
 
 
+class StaleWriterError(TieredSaverError):
+    """Another run holds the thread's lease, so this write was refused; nothing was written.
+
+    Whoever gets it must stop working on the thread: the other run goes on from the thread's latest checkpoint.
+
+    Attributes:
+        thread_id: The thread.
+    """
+
+    def __init__(self, message: str, *, thread_id: str = "") -> None:
+        super().__init__(message)
+        self.thread_id = thread_id
+
+
+class AcknowledgementShortfallError(TieredSaverError):
+    """A write is acknowledged, but fewer replicas (or append-only files) than `hot_ack` asks for have it in time.
+
+    It is in the hot tier and in this process's memory, and will be flushed; repeating it is safe.
+    """
+
+
 class EmbeddedServerError(TieredSaverError):
     """An embedded server could not be started, found or stopped; the message names its log file."""
+
+
+def stale_writer(thread_id: str) -> StaleWriterError:
+    """Make the error of a writer whose thread is leased to another run."""
+    return StaleWriterError(
+        f"Another run holds the lease of thread {thread_id!r:.80}, or this run's lease was lost; nothing was written. "
+        "Stop working on the thread here, or wait for its lease with saver.lease(thread_id).",
+        thread_id=thread_id,
+    )

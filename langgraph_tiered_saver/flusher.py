@@ -8,37 +8,47 @@ from __future__ import annotations
 
 import logging
 import random
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import psycopg
 
+from langgraph_tiered_saver import crash_points
 from langgraph_tiered_saver.backlog import Backlog, Plan
-from langgraph_tiered_saver.cold import maintenance
+from langgraph_tiered_saver.cold import maintenance, writer
 from langgraph_tiered_saver.cold.pool import ColdPool, Connection, is_missing_schema, is_passing, is_poison
-from langgraph_tiered_saver.cold.writer import ThreadRecords, write
+from langgraph_tiered_saver.cold.quarantine import reason_of
+from langgraph_tiered_saver.cold.writer import Journaled, ThreadRecords, Written
 from langgraph_tiered_saver.config import TieredConfig
 from langgraph_tiered_saver.errors import (
     ColdTierUnavailableError,
+    HotTierUnavailableError,
     SaverClosedError,
     ThreadQuarantinedError,
     TieredSaverError,
 )
+from langgraph_tiered_saver.health import Health
 from langgraph_tiered_saver.hot import tier
 from langgraph_tiered_saver.hot.clients import SyncRedis
-from langgraph_tiered_saver.records import MaintenanceRecord, Record, decode
+from langgraph_tiered_saver.records import MaintenanceRecord, decode
 from langgraph_tiered_saver.stats import Counters
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _BACKOFF_FIRST = 0.1
 _BACKOFF_LAST = 5.0
+_WITHOUT_JOURNAL = 0.1  # seconds between two looks at a backlog that cannot be flushed from memory
 _SWEEP_THREADS = 256  # most orphans taken from one shard at once
 _MAINTENANCE_STATEMENTS = 10  # how many times the time-out of a statement a delete or prune may take in all
 _LEAST_READ = 64 * 1024  # bytes read from each of many journals at once
+_UNREADABLE = "unreadable"
 
 
 @dataclass
@@ -50,12 +60,20 @@ class _Work:
         records: `(sequence number, payload)`, oldest first.
         more: The journal holds more than was read.
         missing: Own records that are neither in memory nor in the journal.
+        lost: Those of them that PostgreSQL does not have either.
+        unjournaled: The generations of own records that the journal does not have any more.
     """
 
     plan: Plan
     records: list[tuple[int, bytes]]
     more: bool = False
     missing: list[int] = field(default_factory=list)
+    lost: list[int] = field(default_factory=list)
+    unjournaled: set[int] = field(default_factory=set)
+
+
+# Consecutive records of one thread that go into one transaction.
+_Run = tuple[_Work, list[Journaled]]
 
 
 class Flusher:
@@ -69,6 +87,7 @@ class Flusher:
         pool: ColdPool,
         config: TieredConfig,
         counters: Counters,
+        health: Health,
         repair_schema: Callable[[], None],
     ) -> None:
         self._backlog = backlog
@@ -77,6 +96,7 @@ class Flusher:
         self._pool = pool
         self._config = config
         self._counters = counters
+        self._health = health
         self._repair_schema = repair_schema
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
@@ -85,6 +105,7 @@ class Flusher:
         self._next_sweep = 0.0
         self._has_swept = False
         self._backoff = 0.0
+        self._failing_since: float | None = None
         self.healthy = True
 
     # --- life cycle ----------------------------------------------------------------------------------------------
@@ -131,6 +152,9 @@ class Flusher:
         while not self._stopping.is_set():
             try:
                 self.step()
+            except HotTierUnavailableError as error:
+                self._health.lose(error)
+                self._backlog.fail_settling(error)
             except TieredSaverError as error:
                 self._fail(error)
             except Exception:
@@ -152,11 +176,14 @@ class Flusher:
                 self._backlog.linger(self._config.flush_linger)
         if self._stopping.is_set():
             return
-        if self._until_sweep() == 0:
+        if self._until_sweep() == 0 and self._backlog.uses_journal:
             self.sweep()
         plans = self._backlog.plan()
         if plans:
             self.flush(plans)
+        elif not self._backlog.uses_journal:
+            # What is left lies in the journal alone; whoever trusts Redis again ends this wait.
+            self._backlog.wait(_WITHOUT_JOURNAL, for_work=False)
         self._recovered()
 
     def _fail(self, error: TieredSaverError) -> None:
@@ -164,11 +191,19 @@ class Flusher:
         if self.healthy:
             self.healthy = False
             logger.warning("Flushing has stopped and will be tried again: %s", error)
-        self._backlog.fail_settling(error)
+        now = time.monotonic()
+        if self._failing_since is None:
+            self._failing_since = now
+        if self._pool.broken is not None or now - self._failing_since > self._config.postgres_timeout:
+            self._backlog.fail_settling(error)
+        else:
+            # A server that restarts is back in a moment, and those who wait would rather do so.
+            self._backlog.settle_again()
         self._backoff = min(_BACKOFF_LAST, max(_BACKOFF_FIRST, self._backoff * 2))
 
     def _recovered(self) -> None:
         self._backoff = 0.0
+        self._failing_since = None
         if not self.healthy:
             self.healthy = True
             logger.warning("Flushing goes on; %d records are waiting", self._backlog.records)
@@ -200,6 +235,7 @@ class Flusher:
         replies = tier.run_many(self._client, [self._calls.sweep(shard, grace, _SWEEP_THREADS) for shard in shards])
         orphans = [name.decode() for names in replies for name in names]
         if orphans:
+            crash_points.reach("in_adoption")
             logger.info("Adopting the unflushed records of %d threads", len(orphans))
             self._backlog.adopt(orphans)
         return len(orphans)
@@ -231,13 +267,18 @@ class Flusher:
         works = []
         for plan in plans:
             if not plan.read_journal:
-                works.append(_Work(plan, [(e.sequence, e.payload) for e in plan.entries if e.payload is not None]))
+                kept = [(e.sequence, e.payload) for e in plan.entries if e.payload is not None]
+                works.append(_Work(plan, kept, unjournaled={entry.generation for entry in plan.entries}))
                 continue
             reply = next(replies)
-            journal = {int(reply[i]): reply[i + 1] for i in range(1, len(reply), 2)}
-            more = int(reply[0]) > len(journal)
+            journal: dict[int, bytes] = {}
+            for i in range(1, len(reply), 2):
+                # An entry that somebody added by hand may have the number of the one before it, which stays.
+                journal.setdefault(int(reply[i]), reply[i + 1])
+            more = int(reply[0]) > len(reply) // 2
             last_read = max(journal, default=0)
             missing = []
+            unjournaled = set()
             # What is in memory and not in the journal was flushed by others, or Redis lost it: write it again.
             for entry in plan.entries:
                 if entry.sequence not in journal and not (more and entry.sequence > last_read):
@@ -245,195 +286,245 @@ class Flusher:
                         missing.append(entry.sequence)
                     else:
                         journal[entry.sequence] = entry.payload
-            works.append(_Work(plan, sorted(journal.items()), more, missing))
+                        unjournaled.add(entry.generation)
+            # Before anything later is written, which would raise the watermark.
+            lost = self._beyond_watermark(plan.thread_id, missing) if missing else []
+            works.append(_Work(plan, sorted(journal.items()), more, missing, lost, unjournaled))
         return works
 
-    def _batches(self, works: Sequence[_Work]) -> list[list[tuple[_Work, list[tuple[int, Record]]]]]:
-        """Decode, and cut into transactions: a maintenance record is one of its own.
-
-        A thread whose records cannot be decoded is set aside.
-        """
-        rounds: list[list[tuple[_Work, list[tuple[int, Record]]]]] = [[]]
+    def _batches(self, works: Sequence[_Work]) -> list[list[_Run]]:
+        """Decode, and cut into transactions: a maintenance record is one of its own."""
+        rounds: list[list[_Run]] = [[]]
         for work in works:
-            run: list[tuple[int, Record]] = []
+            run: list[Journaled] = []
             depth = 0
             for sequence, payload in work.records:
                 try:
-                    record = decode(payload)
+                    generation, record = decode(payload)
                 except ValueError as error:
-                    self._quarantine(work.plan.thread_id, sequence, error)
-                    break
+                    # An operation that writes nothing stands for it, and is refused when its turn comes. Its generation
+                    # is taken for the newest, so that no tombstone makes it vanish.
+                    generation, record = sys.maxsize, MaintenanceRecord(_UNREADABLE, {"reason": reason_of(error)})
+                item = Journaled(sequence, generation, record, payload)
                 if isinstance(record, MaintenanceRecord):
                     if run:
                         depth = self._place(rounds, depth, work, run)
                         run = []
-                    depth = self._place(rounds, depth, work, [(sequence, record)])
+                    depth = self._place(rounds, depth, work, [item])
                 else:
-                    run.append((sequence, record))
+                    run.append(item)
             if run or not work.records:
                 self._place(rounds, depth, work, run)
         return [batch for batch in rounds if batch]
 
     @staticmethod
-    def _place(
-        rounds: list[list[tuple[_Work, list[tuple[int, Record]]]]],
-        depth: int,
-        work: _Work,
-        run: list[tuple[int, Record]],
-    ) -> int:
+    def _place(rounds: list[list[_Run]], depth: int, work: _Work, run: list[Journaled]) -> int:
         while len(rounds) <= depth:
             rounds.append([])
         rounds[depth].append((work, run))
         return depth + 1
 
-    def _write(self, batch: Sequence[tuple[_Work, list[tuple[int, Record]]]]) -> None:
-        maintaining = [(work, run) for work, run in batch if run and isinstance(run[0][1], MaintenanceRecord)]
-        plain = [(work, run) for work, run in batch if not (run and isinstance(run[0][1], MaintenanceRecord))]
-        written = [(work, run) for work, run in plain if not run]
-        if rows := [(work, run) for work, run in plain if run]:
-            written += self._write_rows(rows)
+    def _write(self, batch: Sequence[_Run]) -> None:
+        maintaining = [(work, run) for work, run in batch if run and isinstance(run[0].record, MaintenanceRecord)]
+        rows = [(work, run) for work, run in batch if run and not isinstance(run[0].record, MaintenanceRecord)]
+        self._done([(work, run, None) for work, run in batch if not run])
+        if rows:
+            self._write_rows(rows)
         for work, run in maintaining:
-            if self._maintain(work.plan.thread_id, run[0][0], run[0][1]):
-                written.append((work, run))
-        self._acknowledge(written)
+            self._maintain(work, run[0])
 
-    def _write_rows(
-        self, batch: list[tuple[_Work, list[tuple[int, Record]]]]
-    ) -> list[tuple[_Work, list[tuple[int, Record]]]]:
-        """Write a batch; if a record of it is refused for good, write the threads one by one.
-
-        Returns:
-            What was written.
-        """
-        shard_of = self._calls.keyspace.shard_of
-        entries = [ThreadRecords(w.plan.thread_id, shard_of(w.plan.thread_id), run) for w, run in batch]
+    def _write_rows(self, batch: Sequence[_Run]) -> None:
+        """Write a batch; if a record of it is refused for good, write the threads one by one."""
+        entries = [self._entry(work, run) for work, run in batch]
+        timeout = self._config.postgres_statement_timeout
         try:
-            self._transaction(lambda c: write(c, entries, statement_timeout=self._config.postgres_statement_timeout))
-        except psycopg.Error as error:
-            if not is_poison(error):
-                raise self._pool.translate(error) from error
+            written = self._transaction(lambda c: writer.write(c, entries, statement_timeout=timeout))
+        except (psycopg.Error, UnicodeError) as error:
+            self._raise_if_passing(error)
             if len(batch) > 1:
-                return [done for one in batch for done in self._write_rows([one])]
-            work, run = batch[0]
-            if len(run) > 1:
-                return self._write_until_refused(work, run)
-            self._quarantine(work.plan.thread_id, run[0][0], error)
-            return []
-        return batch
+                for one in batch:
+                    self._write_rows([one])
+                return
+            self._write_until_refused(*batch[0], error)
+            return
+        crash_points.reach("after_commit")
+        self._done([(w, run, _refusal(w) if w.plan.thread_id in written.diverted else None) for w, run in batch])
+        self._look_out(batch, written)
 
-    def _write_until_refused(
-        self, work: _Work, run: list[tuple[int, Record]]
-    ) -> list[tuple[_Work, list[tuple[int, Record]]]]:
-        """Write a thread's records one by one up to the one that is refused."""
-        for count, item in enumerate(run):
-            if not self._write_rows([(work, [item])]):
-                return [(work, run[:count])] if count else []
-        return [(work, run)]
+    def _write_until_refused(self, work: _Work, run: list[Journaled], error: Exception) -> None:
+        """Write a thread's records one by one up to the one that is refused; set that and the later ones aside."""
+        timeout = self._config.postgres_statement_timeout
+        at = 0
+        diverted = False
+        if len(run) > 1:
+            for at, item in enumerate(run):  # noqa: B007 - where it ends is what is wanted
+                one = [self._entry(work, [item])]
+                try:
+                    written = self._transaction(lambda c, one=one: writer.write(c, one, statement_timeout=timeout))  # type: ignore[misc]
+                    diverted = diverted or bool(written.diverted)
+                except (psycopg.Error, UnicodeError) as refused:
+                    self._raise_if_passing(refused)
+                    error = refused
+                    break
+            else:
+                # Somebody else has set the thread aside meanwhile, or PostgreSQL has changed its mind.
+                self._done([(work, run, _refusal(work) if diverted else None)])
+                return
+        waits = self._set_aside(work, run[at:], reason_of(error))
+        self._done([(work, run, _refusal(work) if waits else None)])
 
-    def _maintain(self, thread_id: str, sequence: int, record: Record) -> bool:
+    def _maintain(self, work: _Work, item: Journaled) -> None:
+        thread_id, record = work.plan.thread_id, item.record
         assert isinstance(record, MaintenanceRecord)  # noqa: S101 - sorted out by the caller
+        if record.operation == _UNREADABLE:
+            waits = self._set_aside(work, [item], record.arguments["reason"])
+            self._done([(work, [item], _refusal(work) if waits else None)])
+            return
+        waits = False
         try:
-            self._transaction(
-                lambda c: maintenance.execute(
-                    c,
-                    thread_id,
-                    sequence,
-                    record,
-                    shard_of=self._calls.keyspace.shard_of,
-                    statement_timeout=self._config.postgres_statement_timeout,
-                ),
-                statements=_MAINTENANCE_STATEMENTS,
-            )
-        except ValueError as error:
-            self._quarantine(thread_id, sequence, error)
-            return False
-        except psycopg.Error as error:
-            if not is_poison(error):
-                raise self._pool.translate(error) from error
-            self._quarantine(thread_id, sequence, error)
-            return False
-        return True
+            crash_points.reach("before_delete")
+            # An earlier record of the thread may wait in quarantine, and this one then waits behind it; unless the
+            # quarantine ends between these two transactions.
+            while self._execute(thread_id, item, record) and not (waits := self._set_aside(work, [item], None)):
+                pass
+            crash_points.reach("after_delete")
+        except (psycopg.Error, ValueError, LookupError, TypeError) as error:
+            # An operation, or arguments, that this version does not know would otherwise be tried for ever.
+            self._raise_if_passing(error)
+            waits = self._set_aside(work, [item], reason_of(error))
+        self._done([(work, [item], _refusal(work) if waits else None)])
 
-    def _transaction(self, work: Callable[[Connection], None], *, statements: int = 1) -> None:
+    def _execute(self, thread_id: str, item: Journaled, record: MaintenanceRecord) -> bool:
+        return self._transaction(
+            lambda c: maintenance.execute(
+                c,
+                thread_id,
+                item.sequence,
+                item.generation,
+                record,
+                shard_of=self._calls.keyspace.shard_of,
+                statement_timeout=self._config.postgres_statement_timeout,
+            ),
+            statements=_MAINTENANCE_STATEMENTS,
+        )
+
+    def _raise_if_passing(self, error: Exception) -> None:
+        """Raise an error again that is not the record's fault."""
+        if isinstance(error, psycopg.Error) and not is_poison(error):
+            raise self._pool.translate(error) from error
+
+    def _entry(self, work: _Work, run: Sequence[Journaled]) -> ThreadRecords:
+        shard = self._calls.keyspace.shard_of(work.plan.thread_id)
+        return ThreadRecords(work.plan.thread_id, shard, run, unsure=bool(work.lost))
+
+    def _set_aside(self, work: _Work, run: Sequence[Journaled], reason: str | None) -> bool:
+        """Bring records to the quarantine table, where every process sees that they wait; tell whether they do."""
+        timeout = self._config.postgres_statement_timeout
+        entry = self._entry(work, run)
+        waits = self._transaction(lambda c: writer.quarantine(c, entry, reason, statement_timeout=timeout))
+        if waits and reason is not None:
+            logger.error(
+                "Thread %.80r is quarantined: record %d cannot be written (%s). Its records are kept; every other "
+                "thread goes on. See `langgraph-tiered quarantine`",
+                work.plan.thread_id,
+                run[0].sequence,
+                reason,
+            )
+        return waits
+
+    def _look_out(self, batch: Sequence[_Run], written: Written) -> None:
+        """Notice that records from memory alone came after everybody else had gone on without them."""
+        newest = written.generation
+        if newest.opened and any(old < newest.number for work, _ in batch for old in work.unjournaled):
+            self._health.came_late(newest.number)
+
+    def _transaction(self, work: Callable[[Connection], T], *, statements: int = 1) -> T:
         """Run a transaction; a broken connection and missing tables are mended once."""
         try:
             try:
                 with self._pool.connection(statements=statements) as connection:
-                    work(connection)
+                    done = work(connection)
             except psycopg.Error as error:
                 if is_missing_schema(error):
                     self._repair_schema()
                 elif error.sqlstate is not None or not is_passing(error):
                     raise
                 with self._pool.connection(statements=statements) as connection:
-                    work(connection)
+                    done = work(connection)
         except (psycopg.OperationalError, psycopg.InterfaceError) as error:
             if is_poison(error):
                 raise
             raise self._pool.translate(error) from error
         self._counters.add("flush_batches")
+        return done
 
-    def _acknowledge(self, written: Sequence[tuple[_Work, list[tuple[int, Record]]]]) -> None:
+    def _done(self, written: Sequence[tuple[_Work, list[Journaled], TieredSaverError | None]]) -> None:
+        """Acknowledge what PostgreSQL has to the journal and to those who wait.
+
+        Args:
+            written: The runs; with each, the error for those who must not rely on it.
+        """
         if not written:
             return
-        # An empty journal is acknowledged too, which tidies the dirty set.
-        acks = [self._calls.ack(work.plan.thread_id, run[-1][0] if run else 0) for work, run in written]
         unacknowledged: TieredSaverError | None = None
-        try:
-            tier.run_many(self._client, acks)
-        except TieredSaverError as error:
-            # PostgreSQL has the records, which is what everybody waits for. The journals are trimmed by the next flush
-            # of their threads, or by a sweep, which will write the same rows again.
-            unacknowledged = error
-        for work, run in written:
-            upto = run[-1][0] if run else 0
+        if self._backlog.uses_journal:
+            # An empty journal is acknowledged too, which tidies the dirty set; what was flushed without a look at the
+            # journal is not, because trimming takes everything before it.
+            acks = [
+                self._calls.ack(work.plan.thread_id, run[-1].sequence if run else 0)
+                for work, run, _ in written
+                if not work.plan.without_journal
+            ]
+            try:
+                if acks:
+                    tier.run_many(self._client, acks)
+            except TieredSaverError as error:
+                # PostgreSQL has the records, which is what everybody waits for. The journals are trimmed by the next
+                # flush of their threads, or by a sweep, which will write the same rows again.
+                unacknowledged = error
+            crash_points.reach("after_acknowledgement")
+        for work, run, refused in written:
+            upto = run[-1].sequence if run else 0
             last = not work.records or upto >= work.records[-1][0]
             if last and work.missing:
                 self._account_for(work)
                 upto = max(upto, *work.missing)
-            own = self._backlog.flushed(work.plan.thread_id, upto, last=last, more=work.more)
+            own = self._backlog.flushed(
+                work.plan.thread_id, upto, last=last, more=work.more, refused=refused, alone=work.plan.without_journal
+            )
             if run:
-                sizes = dict(work.records)
                 self._counters.add("flushed_records", len(run))
-                self._counters.add("flushed_bytes", sum(len(sizes[sequence]) for sequence, _ in run))
+                self._counters.add("flushed_bytes", sum(len(item.payload) for item in run))
                 self._counters.add("adopted_records", max(0, len(run) - own))
         if unacknowledged is not None:
             raise unacknowledged
 
-    def _account_for(self, work: _Work) -> None:
-        """Records that memory could not keep and the journal does not have: others flushed them, or they are lost."""
+    def _beyond_watermark(self, thread_id: str, sequences: Sequence[int]) -> list[int]:
+        """Of records that memory could not keep and the journal does not have, find those that nobody has flushed."""
 
         def watermark(connection: Connection) -> int:
-            row = connection.execute(
-                "SELECT watermark FROM tiered_threads WHERE thread_id = %s", (work.plan.thread_id,)
-            ).fetchone()
+            statement = "SELECT watermark FROM tiered_threads WHERE thread_id = %s"
+            row = connection.execute(statement, (thread_id,)).fetchone()
             return int(row["watermark"]) if row else 0
 
-        durable = self._pool.run(watermark)
-        lost = [sequence for sequence in work.missing if sequence > durable]
-        if lost:
-            self._counters.add("lost_records", len(lost))
+        durable = self._pool.run(watermark, probing=True)
+        return [sequence for sequence in sequences if sequence > durable]
+
+    def _account_for(self, work: _Work) -> None:
+        """Count and log what is lost."""
+        if work.lost:
+            self._counters.add("lost_records", len(work.lost))
             logger.error(
                 "Redis lost %d unflushed records of thread %r, and memory was too short to keep them: "
                 "raise max_memory_bytes or make Redis durable (appendonly yes)",
-                len(lost),
+                len(work.lost),
                 work.plan.thread_id,
             )
 
-    def _quarantine(self, thread_id: str, sequence: int, error: Exception) -> None:
-        reason = self._pool.translate(error) if isinstance(error, psycopg.Error) else error
-        logger.error(
-            "Thread %.80r is quarantined: record %d cannot be written (%s). Its records stay in the journal; every "
-            "other thread goes on",
-            thread_id,
-            sequence,
-            reason,
-        )
-        self._backlog.quarantine(
-            thread_id,
-            ThreadQuarantinedError(
-                f"Thread {thread_id!r:.80} is quarantined because PostgreSQL refused record {sequence}: {reason} "
-                "The thread's records are safe in the journal.",
-                thread_id=thread_id,
-            ),
-        )
+
+def _refusal(work: _Work) -> ThreadQuarantinedError:
+    return ThreadQuarantinedError(
+        f"Thread {work.plan.thread_id!r:.80} is quarantined because PostgreSQL refused a record of it. Its records are "
+        "kept; see `langgraph-tiered quarantine`.",
+        thread_id=work.plan.thread_id,
+    )

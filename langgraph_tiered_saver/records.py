@@ -34,6 +34,7 @@ class CheckpointRecord:
         parent_id: The parent checkpoint's id, or `""`.
         checkpoint: The checkpoint as JSON text, blob-stored channel values left out.
         metadata: The metadata as JSON text.
+        blob_count: How many blobs the checkpoint references, carried or not.
         blobs: `(channel, version, value)`; value as `pack_value` makes it.
     """
 
@@ -42,6 +43,7 @@ class CheckpointRecord:
     parent_id: str
     checkpoint: bytes
     metadata: bytes
+    blob_count: int
     blobs: Sequence[tuple[str, str, bytes]]
 
 
@@ -121,41 +123,49 @@ def unframe(payload: bytes) -> list[bytes]:
     return parts
 
 
-def encode(record: Record) -> bytes:
-    """Encode a record for the journal."""
+def encode(record: Record, generation: int) -> bytes:
+    """Encode a record for the journal.
+
+    Args:
+        record: The operation.
+        generation: The generation in which it is acknowledged.
+    """
     if isinstance(record, CheckpointRecord):
-        parts = [CHECKPOINT, record.checkpoint_ns.encode(), record.checkpoint_id.encode(), record.parent_id.encode(),
-                 record.checkpoint, record.metadata]  # fmt: skip
+        parts = [CHECKPOINT, b"%d" % generation, record.checkpoint_ns.encode(), record.checkpoint_id.encode(),
+                 record.parent_id.encode(), record.checkpoint, record.metadata, b"%d" % record.blob_count]  # fmt: skip
         for channel, version, value in record.blobs:
             parts += (channel.encode(), version.encode(), value)
     elif isinstance(record, WritesRecord):
-        parts = [WRITES, record.checkpoint_ns.encode(), record.checkpoint_id.encode(), record.task_id.encode(),
-                 record.task_path.encode(), b"1" if record.upsert else b"0"]  # fmt: skip
+        parts = [WRITES, b"%d" % generation, record.checkpoint_ns.encode(), record.checkpoint_id.encode(),
+                 record.task_id.encode(), record.task_path.encode(), b"1" if record.upsert else b"0"]  # fmt: skip
         for index, channel, value in record.writes:
             parts += (b"%d" % index, channel.encode(), value)
     else:
-        parts = [MAINTENANCE, record.operation.encode(), json.dumps(record.arguments).encode()]
+        parts = [MAINTENANCE, b"%d" % generation, record.operation.encode(), json.dumps(record.arguments).encode()]
     return frame(parts)
 
 
-def decode(payload: bytes) -> Record:
+def decode(payload: bytes) -> tuple[int, Record]:
     """Decode what `encode` made.
+
+    Returns:
+        The generation and the record.
 
     Raises:
         ValueError: the bytes are not a record of this version.
     """
     parts = unframe(payload)
     kind = parts[0] if parts else b""
-    if kind == CHECKPOINT and len(parts) >= 6 and len(parts) % 3 == 0:
-        ns, checkpoint_id, parent_id = (part.decode() for part in parts[1:4])
-        blobs = [(parts[i].decode(), parts[i + 1].decode(), parts[i + 2]) for i in range(6, len(parts), 3)]
-        return CheckpointRecord(ns, checkpoint_id, parent_id, parts[4], parts[5], blobs)
-    if kind == WRITES and len(parts) >= 6 and len(parts) % 3 == 0:
-        ns, checkpoint_id, task_id, task_path = (part.decode() for part in parts[1:5])
-        writes = [(int(parts[i]), parts[i + 1].decode(), parts[i + 2]) for i in range(6, len(parts), 3)]
-        return WritesRecord(ns, checkpoint_id, task_id, task_path, parts[5] == b"1", writes)
-    if kind == MAINTENANCE and len(parts) == 3:
-        arguments = json.loads(parts[2])
+    if kind == CHECKPOINT and len(parts) >= 8 and len(parts) % 3 == 2:
+        ns, checkpoint_id, parent_id = (part.decode() for part in parts[2:5])
+        blobs = [(parts[i].decode(), parts[i + 1].decode(), parts[i + 2]) for i in range(8, len(parts), 3)]
+        return int(parts[1]), CheckpointRecord(ns, checkpoint_id, parent_id, parts[5], parts[6], int(parts[7]), blobs)
+    if kind == WRITES and len(parts) >= 7 and len(parts) % 3 == 1:
+        ns, checkpoint_id, task_id, task_path = (part.decode() for part in parts[2:6])
+        writes = [(int(parts[i]), parts[i + 1].decode(), parts[i + 2]) for i in range(7, len(parts), 3)]
+        return int(parts[1]), WritesRecord(ns, checkpoint_id, task_id, task_path, parts[6] == b"1", writes)
+    if kind == MAINTENANCE and len(parts) == 4:
+        arguments = json.loads(parts[3])
         if isinstance(arguments, dict):
-            return MaintenanceRecord(parts[1].decode(), arguments)
+            return int(parts[1]), MaintenanceRecord(parts[2].decode(), arguments)
     raise ValueError(f"not a journal record this version knows (kind {kind!r:.20}, {len(parts)} parts)")

@@ -25,7 +25,9 @@ def redact(text: str, *, secrets_in: str = "") -> str:
     """
     for pattern in (_URL_PASSWORD, _WORD_PASSWORD):
         for match in pattern.finditer(secrets_in):
-            for secret in {match["password"].strip("'"), unquote(match["password"])} - {""}:
+            forms = {match["password"].strip("'"), unquote(match["password"])} - {""}
+            # The longer form first, or pieces of it could stay around the shorter one.
+            for secret in sorted(forms, key=len, reverse=True):
                 text = text.replace(secret, "***")
     text = _URL_PASSWORD.sub(r"\g<head>:***@", text)
     return _WORD_PASSWORD.sub(r"\g<head>***", text)

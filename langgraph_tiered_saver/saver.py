@@ -22,10 +22,12 @@ from langgraph.checkpoint.serde.base import SerializerProtocol
 from psycopg_pool import ConnectionPool
 
 from langgraph_tiered_saver import builders, operations
+from langgraph_tiered_saver.cold.quarantine import QuarantinedRecord, QuarantinedThread
 from langgraph_tiered_saver.cold.threads import ThreadSummary
 from langgraph_tiered_saver.config import TieredConfig
 from langgraph_tiered_saver.drivers import arun, run
 from langgraph_tiered_saver.paging import Pages
+from langgraph_tiered_saver.run_lease import RunLease
 from langgraph_tiered_saver.runtime import Runtime, RuntimeSource
 from langgraph_tiered_saver.stats import TieredStats
 
@@ -69,7 +71,8 @@ class TieredSaver(BaseCheckpointSaver[str]):
             pool: An open `psycopg_pool.ConnectionPool` with at least two connections.
             serde: Serializer; LangGraph's default if None.
             config: Settings; the defaults if None.
-            async_redis: Asynchronous client for the first event loop that uses the saver; derived if None.
+            async_redis: Asynchronous client; those of the saver are made like it, one for each event loop. Derived from
+                `redis` if None.
 
         Raises:
             ConfigurationError: a client is of a kind that cannot be used.
@@ -90,7 +93,8 @@ class TieredSaver(BaseCheckpointSaver[str]):
         """Make a saver from two URLs.
 
         Args:
-            redis_url: `redis://`, `rediss://` (TLS) or `unix://`.
+            redis_url: `redis://`, `rediss://` (TLS), `unix://`, or one of a Cluster (`redis+cluster://`) or of
+                Sentinel (`redis+sentinel://`, each also with `rediss`).
             postgres_url: `postgresql://user:password@host:port/database`, or any libpq connection string.
             serde: Serializer; LangGraph's default if None.
             **settings: Fields of `TieredConfig`.
@@ -185,6 +189,26 @@ class TieredSaver(BaseCheckpointSaver[str]):
         """Do what `flush` does, without blocking the event loop."""
         runtime = self._source.current()
         await arun(runtime, operations.flush(runtime, timeout))
+
+    def wait_durable(self, config: RunnableConfig, timeout: float | None = None) -> None:
+        """Wait until PostgreSQL has a checkpoint, whoever wrote it, and everything of its thread before it.
+
+        Args:
+            config: `thread_id`, and optionally `checkpoint_ns` and `checkpoint_id`; without an id, the latest.
+            timeout: Seconds; `flush_timeout` if None.
+
+        Raises:
+            FlushTimeoutError: it is not there in time, because PostgreSQL is away or busy.
+            ThreadQuarantinedError: PostgreSQL refused a record of the thread for good.
+            InvalidInputError: there is no such checkpoint.
+        """
+        runtime = self._source.current()
+        run(runtime, operations.wait_durable(runtime, config, timeout))
+
+    async def await_durable(self, config: RunnableConfig, timeout: float | None = None) -> None:
+        """Do what `wait_durable` does, without blocking the event loop."""
+        runtime = self._source.current()
+        await arun(runtime, operations.wait_durable(runtime, config, timeout))
 
     def close(self) -> None:
         """Drain for at most `close_timeout` seconds, then close. What is left stays in the journal, with a log line.
@@ -375,6 +399,7 @@ class TieredSaver(BaseCheckpointSaver[str]):
             HotTierUnavailableError: it was not acknowledged; repeating it is safe.
             BacklogFullError: PostgreSQL is too far behind; nothing was written.
             FlushTimeoutError: write-through only: it is in the journal, but not in PostgreSQL yet.
+            StaleWriterError: another run holds the thread's lease, or this one's is lost; nothing was written.
         """
         runtime = self._source.current()
         return run(runtime, operations.put(runtime, self.serde, config, checkpoint, metadata, new_versions))
@@ -402,8 +427,8 @@ class TieredSaver(BaseCheckpointSaver[str]):
             task_path: Where it stands in its superstep.
 
         Raises:
-            InvalidInputError, SerializationError, HotTierUnavailableError, BacklogFullError, FlushTimeoutError: as
-                for `put`.
+            InvalidInputError, SerializationError, HotTierUnavailableError, BacklogFullError, FlushTimeoutError,
+                StaleWriterError: as for `put`.
         """
         runtime = self._source.current()
         run(runtime, operations.put_writes(runtime, self.serde, config, writes, task_id, task_path))
@@ -420,6 +445,34 @@ class TieredSaver(BaseCheckpointSaver[str]):
         # A thread that was begun under a saver with integer versions hands over an int.
         number = 0 if current is None else int(str(current).split(".")[0])
         return f"{number + 1:032}.{random.random():016}"  # noqa: S311 - tells forks apart, hides nothing
+
+    def lease(self, thread_id: str, ttl: float = 30.0, wait: float = 0.0) -> RunLease:
+        """Make sure that nobody else writes to a thread while a run works on it: `with saver.lease("t"): ...`.
+
+        While the block runs, a write to the thread by any other process raises `StaleWriterError`, and so does one by
+        this process once the lease is lost: because it could not be renewed for `ttl` seconds (a process that was
+        stopped, or was cut off from the tiers that are there). So of two runs on one thread only one goes on, and the
+        history cannot fork. All writes of this process to the thread count as the holder's. Reads are not fenced, and
+        a thread that nobody leases costs nothing.
+
+        Taking it costs a round trip to each tier, and so do giving it up and every renewal.
+
+        Args:
+            thread_id: The thread.
+            ttl: Seconds, from 0.1 to 86,400, after which it ends if it cannot be renewed; it is, three times in that
+                time. While PostgreSQL hangs, a renewal may take seconds: less than 10 is for those who would rather
+                lose a lease than wait for the holder's end.
+            wait: Seconds to wait, when the block is entered, for a lease that another run holds.
+
+        Returns:
+            An object for `with` and `async with`. Its `held` tells how it stands, `lost_reason` why it was lost.
+
+        Raises:
+            InvalidInputError: an argument cannot be used.
+            StaleWriterError: when the block is entered: another run (of this process, even) holds the lease.
+            TierUnavailableError: when the block is entered: no tier could decide.
+        """
+        return RunLease(self._source.current, thread_id, ttl, wait)
 
     # --- removing and copying ------------------------------------------------------------------------------------
 
@@ -469,28 +522,118 @@ class TieredSaver(BaseCheckpointSaver[str]):
         runtime = self._source.current()
         await arun(runtime, operations.copy_thread(runtime, source_thread_id, target_thread_id))
 
-    def prune(self, thread_ids: Sequence[str], *, strategy: str = "keep_latest") -> None:
+    def prune(
+        self,
+        thread_ids: Sequence[str],
+        *,
+        strategy: str = "keep_latest",
+        keep_last: int | None = None,
+        max_age: float | None = None,
+    ) -> None:
         """Remove old checkpoints of threads.
 
         `"keep_latest"` keeps each namespace's latest checkpoint with its writes and blobs, by the rules of
         `PostgresSaver.prune`; and where a thread uses a `DeltaChannel`, which that saver refuses, also the ancestors
-        that its value is rebuilt from. `"delete"` and `"delete_all"` remove the threads.
+        that its value is rebuilt from. `keep_last` and `max_age` let more of them stay. `"delete"` and `"delete_all"`
+        remove the threads.
+
+        A run that goes on meanwhile is safe; one that replays or forks from a checkpoint that goes is not. A long
+        thread is pruned in several transactions of at most 500 checkpoints, the oldest first.
 
         Args:
             thread_ids: The threads.
             strategy: One of the three.
+            keep_last: How many of the newest checkpoints of each namespace stay.
+            max_age: Age in seconds, by the checkpoints' `ts`, beyond which they go; the latest of each namespace
+                stays whatever its age. With `keep_last` too, what stays must satisfy both.
 
         Raises:
-            InvalidInputError: unknown strategy, or one string instead of a sequence.
+            InvalidInputError: unknown strategy, a rule out of range, or one string instead of a sequence.
             TierUnavailableError: it is not done everywhere; it can be repeated.
         """
         runtime = self._source.current()
-        run(runtime, operations.prune(runtime, thread_ids, strategy))
+        run(runtime, operations.prune(runtime, thread_ids, strategy, keep_last, max_age))
 
-    async def aprune(self, thread_ids: Sequence[str], *, strategy: str = "keep_latest") -> None:
+    async def aprune(
+        self,
+        thread_ids: Sequence[str],
+        *,
+        strategy: str = "keep_latest",
+        keep_last: int | None = None,
+        max_age: float | None = None,
+    ) -> None:
         """Do what `prune` does, without blocking the event loop."""
         runtime = self._source.current()
-        await arun(runtime, operations.prune(runtime, thread_ids, strategy))
+        await arun(runtime, operations.prune(runtime, thread_ids, strategy, keep_last, max_age))
+
+    # --- quarantine ----------------------------------------------------------------------------------------------
+
+    def quarantined(self) -> Sequence[QuarantinedThread]:
+        """List the threads of which PostgreSQL refused a record for good, in any process; the oldest case first.
+
+        Raises:
+            ColdTierUnavailableError: PostgreSQL is away.
+        """
+        runtime = self._source.current()
+        return run(runtime, operations.quarantined(runtime))
+
+    async def aquarantined(self) -> Sequence[QuarantinedThread]:
+        """Do what `quarantined` does, without blocking the event loop."""
+        runtime = self._source.current()
+        return await arun(runtime, operations.quarantined(runtime))
+
+    def quarantined_records(self, thread_id: str) -> Sequence[QuarantinedRecord]:
+        """List what waits of a thread in quarantine, in order, without its values; empty if nothing does.
+
+        Raises:
+            TierUnavailableError: a tier is away.
+        """
+        runtime = self._source.current()
+        return run(runtime, operations.quarantined_records(runtime, thread_id))
+
+    async def aquarantined_records(self, thread_id: str) -> Sequence[QuarantinedRecord]:
+        """Do what `quarantined_records` does, without blocking the event loop."""
+        runtime = self._source.current()
+        return await arun(runtime, operations.quarantined_records(runtime, thread_id))
+
+    def retry_quarantined(self, thread_id: str) -> int:
+        """Write what waits of a thread in quarantine, once the reason is gone; in one transaction, in its order.
+
+        Returns:
+            How many records were written; 0 if none waited.
+
+        Raises:
+            ThreadQuarantinedError: PostgreSQL refuses again, the message says why; everything is as it was.
+            ColdTierUnavailableError: PostgreSQL is away.
+        """
+        runtime = self._source.current()
+        return run(runtime, operations.retry_quarantined(runtime, thread_id))
+
+    async def aretry_quarantined(self, thread_id: str) -> int:
+        """Do what `retry_quarantined` does, without blocking the event loop."""
+        runtime = self._source.current()
+        return await arun(runtime, operations.retry_quarantined(runtime, thread_id))
+
+    def drop_quarantined(self, thread_id: str) -> Sequence[QuarantinedRecord]:
+        """Remove what waits of a thread in quarantine: the thread is then where PostgreSQL has it.
+
+        The records cannot come back, whoever still holds them, and the hot state that was built on them goes too. What
+        a run that goes on adds meanwhile, up to the moment of the drop, is lost with them.
+
+        Returns:
+            What was lost, without its values; empty if nothing waited, and then nothing was done.
+
+        Raises:
+            StaleWriterError: another run holds the thread's lease.
+            TierUnavailableError: it is not done. Once journaled it will be, and it can be repeated.
+        """
+        runtime = self._source.current()
+        return run(runtime, operations.drop_quarantined(runtime, thread_id))
+
+    async def adrop_quarantined(self, thread_id: str) -> Sequence[QuarantinedRecord]:
+        """Do what `drop_quarantined` does, without blocking the event loop."""
+        runtime = self._source.current()
+        return await arun(runtime, operations.drop_quarantined(runtime, thread_id))
 
 
 def _blocking(work: Callable[[], None]) -> operations.Operation[None]:

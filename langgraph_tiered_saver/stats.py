@@ -30,7 +30,13 @@ class TieredStats:
         cold_errors: Reads that PostgreSQL did not answer or refused.
         quarantined_threads: Threads set aside because PostgreSQL refused a record for good.
         flusher_healthy: Whether the flusher's last round succeeded; if not, it tries again by itself.
-        generation: The hot tier's generation; 0 before the first use.
+        hot_trusted: Whether Redis is in use; if not, this process goes past it.
+        cold_available: Whether PostgreSQL answered last.
+        direct_writes: Writes that went past Redis, straight to PostgreSQL.
+        direct_reads: Reads of a latest checkpoint that went past Redis.
+        not_durable: Calls that should have returned only once PostgreSQL had them, and did not because it was away.
+        hot_ack_shortfalls: Writes that fewer replicas than `hot_ack` had in time.
+        generation: The hot tier's generation; 0 while Redis is not trusted.
     """
 
     backlog_records: int = 0
@@ -52,6 +58,12 @@ class TieredStats:
     cold_errors: int = 0
     quarantined_threads: tuple[str, ...] = ()
     flusher_healthy: bool = True
+    hot_trusted: bool = False
+    cold_available: bool = True
+    direct_writes: int = 0
+    direct_reads: int = 0
+    not_durable: int = 0
+    hot_ack_shortfalls: int = 0
     generation: int = 0
 
 

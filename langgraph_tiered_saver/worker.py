@@ -1,6 +1,7 @@
-"""`langgraph-tiered worker`: the flusher's sweep as a process of its own.
+"""`langgraph-tiered worker`: the flusher's sweep as a process of its own, and the retention policy.
 
-It makes durable what writers left behind, so that no other process of an application has to.
+It makes durable what writers left behind, so that no other process of an application has to, and removes what the
+policy says from the cold tier.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import redis
 from langgraph_tiered_saver.backlog import Ticket
 from langgraph_tiered_saver.errors import FlushTimeoutError, ThreadQuarantinedError, TieredSaverError
 from langgraph_tiered_saver.hot import tier
+from langgraph_tiered_saver.retention_policy import PassResult, Retention, make_pass
 from langgraph_tiered_saver.runtime import Runtime
 from langgraph_tiered_saver.saver import TieredSaver
 
@@ -43,6 +45,8 @@ class Status:
         quarantined_threads: Threads of which PostgreSQL refused a record for good.
         flush_errors: Flushes that failed and were tried again.
         healthy: Whether the last round succeeded.
+        removed_checkpoints: Checkpoints that the retention policy removed.
+        deleted_threads: Threads that it removed whole.
     """
 
     seconds: float
@@ -51,6 +55,8 @@ class Status:
     quarantined_threads: tuple[str, ...]
     flush_errors: int
     healthy: bool
+    removed_checkpoints: int = 0
+    deleted_threads: int = 0
 
     def as_json(self) -> dict[str, Any]:
         """Give everything as JSON can hold it."""
@@ -63,6 +69,10 @@ class Status:
             parts.append(f"{len(self.quarantined_threads)} quarantined")
         if self.flush_errors:
             parts.append(f"flush errors: {self.flush_errors}")
+        if self.removed_checkpoints:
+            parts.append(f"{self.removed_checkpoints} old checkpoints removed")
+        if self.deleted_threads:
+            parts.append(f"{self.deleted_threads} idle threads deleted")
         return ", ".join(parts) + ("" if self.healthy else "; a tier is away")
 
 
@@ -136,7 +146,7 @@ def adopt_all(saver: TieredSaver, progress: Callable[[int, int], None]) -> Statu
 
 
 def serve(saver: TieredSaver, stop: StopSignal, status_interval: float, report: Callable[[Status], None]) -> Status:
-    """Adopt orphans until a signal comes, then drain and close the saver.
+    """Adopt orphans and apply the retention policy until a signal comes, then drain and close the saver.
 
     Args:
         saver: A saver that sweeps by itself; its own flusher does the work.
@@ -148,7 +158,7 @@ def serve(saver: TieredSaver, stop: StopSignal, status_interval: float, report: 
         TieredSaverError: a tier could not be used at the start. Later the flusher tries again by itself.
     """
     began = time.monotonic()
-    _open(saver)
+    retention = Retention(_open(saver))
     logger.info(
         "Worker started for key prefix %r: looks every %g s for records older than %g s; %s",
         saver.config.key_prefix,
@@ -156,6 +166,7 @@ def serve(saver: TieredSaver, stop: StopSignal, status_interval: float, report: 
         saver.config.orphan_grace,
         status(saver, began),
     )
+    retention.start()
     adopted = told = 0
     next_report = began + status_interval
     while not stop.wait(_TICK):
@@ -165,20 +176,39 @@ def serve(saver: TieredSaver, stop: StopSignal, status_interval: float, report: 
             told = adopted
         if time.monotonic() >= next_report:
             next_report = time.monotonic() + status_interval
-            report(status(saver, began))
+            report(status(saver, began, retention))
     logger.info("%s: draining", stop.name)
-    final = status(saver, began)
+    retention.stop()
+    final = status(saver, began, retention)
     saver.close()
     logger.info("Worker stopped after %.0f s: %s", time.monotonic() - began, final)
     return final
 
 
-def status(saver: TieredSaver, began: float) -> Status:
+def retain_all(saver: TieredSaver, progress: Callable[[PassResult], None], *, dry_run: bool) -> PassResult | None:
+    """Apply the retention policy to all threads once.
+
+    Args:
+        saver: A saver.
+        progress: Is told how it stands.
+        dry_run: Count only.
+
+    Returns:
+        What was removed; None if another process is at it.
+
+    Raises:
+        TieredSaverError: a tier could not be used; another call goes on from there.
+    """
+    return make_pass(_open(saver), dry_run=dry_run, progress=progress)
+
+
+def status(saver: TieredSaver, began: float, retention: Retention | None = None) -> Status:
     """Tell how it stands; one round trip.
 
     Args:
         saver: An open saver.
         began: When the worker began, by the monotonic clock.
+        retention: What applies the retention policy.
     """
     runtime = _open(saver)
     stats = saver.stats()
@@ -194,6 +224,8 @@ def status(saver: TieredSaver, began: float) -> Status:
         stats.quarantined_threads,
         stats.flush_errors,
         stats.flusher_healthy,
+        retention.removed_checkpoints if retention else 0,
+        retention.deleted_threads if retention else 0,
     )
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
+import random
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -26,18 +29,25 @@ from langgraph_tiered_saver.errors import (
 )
 from langgraph_tiered_saver.redaction import redact
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 Connection = psycopg.Connection[DictRow]
 Pool = ConnectionPool[Connection]
 
 # The server's own statement_timeout, where it works, gives the better message; so it goes first.
 _WATCHDOG_GRACE = 1.0
+_RECONNECT_TIMEOUT = 2.0
+_RETRY_PAUSE = (0.02, 0.1)  # seconds
+_CHECK_TIMEOUT = 2  # seconds to connect when it is only asked whether the server answers; libpq takes no less
 
 # SQLSTATE classes and codes of refusals that pass by themselves or by an operator's hand.
 _PASSING_CLASSES = ("08", "40", "53", "57", "58")
 _PASSING_CODES = ("25006", "55P03", "25P03")
+_AWAY_CLASSES = ("08", "57P")
+_AWAY_CODES = ("53300",)
 # Data that PostgreSQL will never take: the record is at fault, not the server.
-_POISON_CLASSES = ("21", "22", "23", "54")
+_POISON_CLASSES = ("21", "22", "23", "44", "54", "P0")
 
 
 def connection_options(config: TieredConfig) -> dict[str, Any]:
@@ -115,6 +125,8 @@ def make_pool(
             min_size=1,
             max_size=config.postgres_pool_size,
             timeout=config.postgres_timeout,
+            # The pool waits longer after each failure; giving up lets the next caller try at once.
+            reconnect_timeout=_RECONNECT_TIMEOUT,
             configure=configure,
             open=False,
             name="langgraph_tiered_saver",
@@ -150,7 +162,13 @@ class ColdPool:
 
     psycopg_pool replaces connections that broke; a call that met a broken one is made again, which is harmless because
     everything the cold tier does is idempotent.
+
+    Attributes:
+        broken: The breaker: why PostgreSQL is away, or None. It opens when PostgreSQL has been away for
+            `postgres_timeout`, for which calls wait; from then on they fail at once.
     """
+
+    broken: TieredSaverError | None
 
     def __init__(self, pool: Pool, config: TieredConfig, *, ours: bool) -> None:
         self._pool = pool
@@ -158,32 +176,38 @@ class ColdPool:
         self._ours = ours
         self._opened = False
         self._watchdog = Watchdog()
+        self._checking = threading.Lock()
+        self.broken = None
+        self._refusal: psycopg.Error | None = None
+        self._failing_since: float | None = None
 
-    def run(self, work: Callable[[Connection], T], *, bounded: bool = True) -> T:
+    def run(self, work: Callable[[Connection], T], *, bounded: bool = True, probing: bool = False) -> T:
         """Run a function on a connection.
 
         Args:
             work: The function.
             bounded: It may take `postgres_statement_timeout` seconds.
+            probing: Try even while the breaker is open.
 
         Raises:
             ColdTierUnavailableError: PostgreSQL cannot be reached, did not answer in time, or the pool had no
                 connection in time.
             ColdTierRejectedError: PostgreSQL refused a statement for good.
         """
-        began = time.monotonic()
-        attempts = self._pool.max_size + 1
+        if not probing:
+            self.refuse_if_broken()
+        deadline = time.monotonic() + self._config.postgres_timeout
         try:
             while True:
-                attempts -= 1
                 try:
                     with self.connection(statements=1 if bounded else 0) as connection:
                         return work(connection)
                 except (psycopg.OperationalError, psycopg.InterfaceError) as error:
-                    # A server that went away and came back left every idle connection of the pool dead.
-                    dead = self._opened and error.sqlstate is None and not isinstance(error, PoolTimeout)
-                    if not dead or not attempts or time.monotonic() - began > self._config.postgres_timeout:
+                    # A server that went away and came back left every idle connection of the pool dead, and one that
+                    # restarts is back within the time that a caller gives it.
+                    if not self._opened or self.broken or not is_away(error) or time.monotonic() > deadline:
                         raise
+                    time.sleep(random.uniform(*_RETRY_PAUSE))  # noqa: S311 - jitter
         except psycopg.Error as error:
             raise self.translate(error) from error
 
@@ -194,6 +218,16 @@ class ColdPool:
         Args:
             statements: How many times `postgres_statement_timeout` it may be used; then it is cut. 0: no bound.
         """
+        try:
+            with self._borrow(statements) as connection:
+                yield connection
+        except psycopg.Error as error:
+            self._notice(error)
+            raise
+        self._answered()
+
+    @contextmanager
+    def _borrow(self, statements: int) -> Iterator[Connection]:
         if not self._opened:
             self._open()
         seconds = self._config.postgres_statement_timeout * statements
@@ -217,6 +251,57 @@ class ColdPool:
                     if path is not None:
                         connection.execute("SELECT set_config('search_path', %s, false)", (path["path"],))
                     connection.autocommit, connection.row_factory = autocommit, rows
+
+    # --- the breaker ---------------------------------------------------------------------------------------------
+
+    def refuse_if_broken(self) -> None:
+        """Raise at once what is known to be so.
+
+        Raises:
+            ColdTierUnavailableError: PostgreSQL is away.
+        """
+        broken = self.broken
+        if broken is not None:
+            raise type(broken)(*broken.args) from broken
+
+    def answers(self) -> bool:
+        """Ask on a connection of its own whether PostgreSQL is there, within two seconds; no pool makes that wait."""
+        conninfo, options = self._pool.conninfo, self._pool.kwargs
+        if not isinstance(conninfo, str) or not isinstance(options, dict):
+            return True  # only the pool itself can connect
+        try:
+            psycopg.connect(conninfo, **{**options, "connect_timeout": _CHECK_TIMEOUT}).close()
+        except psycopg.Error as error:
+            self._refusal = error
+            return False
+        return True
+
+    def _notice(self, error: psycopg.Error) -> None:
+        """Open the breaker if PostgreSQL has been away for as long as a caller waits for it, and still is."""
+        if not is_away(error):
+            return
+        with self._checking:
+            now = time.monotonic()
+            if self._failing_since is None:
+                self._failing_since = now
+            waited = isinstance(error, PoolTimeout) or now - self._failing_since >= self._config.postgres_timeout
+            if self.broken is not None or not waited:
+                return
+            if self.answers():
+                self._failing_since = None
+            else:
+                self._break(self._refusal or error)
+                logger.warning("%s", self.broken)
+
+    def _break(self, error: psycopg.Error) -> None:
+        if self.broken is None:
+            self.broken = self.translate(error)
+
+    def _answered(self) -> None:
+        self._failing_since = None
+        if self.broken is not None:
+            self.broken = None
+            logger.warning("PostgreSQL answers again")
 
     def translate(self, error: psycopg.Error) -> TieredSaverError:
         """Turn a psycopg error into ours."""
@@ -246,8 +331,19 @@ class ColdPool:
                 psycopg.connect(str(self._pool.conninfo), **(options if isinstance(options, dict) else {})).close()
             except UnicodeError:
                 raise ConfigurationError("The host name in the PostgreSQL URL is not one; correct it.") from None
+            except psycopg.Error as error:
+                self._break(error)
+                raise
             self._pool.open()
         self._opened = True
+
+
+def is_away(error: psycopg.Error) -> bool:
+    """Whether the server, or the way to it, seems to be away."""
+    state = error.sqlstate
+    if state is None:
+        return isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError))
+    return state.startswith(_AWAY_CLASSES) or state in _AWAY_CODES
 
 
 def is_passing(error: psycopg.Error) -> bool:

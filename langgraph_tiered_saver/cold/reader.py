@@ -14,6 +14,7 @@ from langgraph.checkpoint.serde.base import SerializerProtocol
 
 from langgraph_tiered_saver.codec import FORMAT_WITH_SENDS
 from langgraph_tiered_saver.cold.pool import Connection
+from langgraph_tiered_saver.errors import ThreadQuarantinedError
 from langgraph_tiered_saver.names import ThreadPosition, version_text
 from langgraph_tiered_saver.records import CheckpointRecord, TypedValue, WritesRecord, encode, pack_value
 
@@ -23,8 +24,14 @@ WHERE thread_id = %s AND checkpoint_ns = %s AND checkpoint_id = %s ORDER BY task
 
 
 READ_LATER_WRITES = """
-SELECT max(checkpoint_id) AS id FROM checkpoint_writes
-WHERE thread_id = %s AND checkpoint_ns = %s AND checkpoint_id > %s"""
+SELECT max(checkpoint_id) AS id, (SELECT quarantined FROM tiered_threads WHERE thread_id = %s) AS quarantined
+FROM checkpoint_writes WHERE thread_id = %s AND checkpoint_ns = %s AND checkpoint_id > %s"""
+
+READ_QUARANTINED = "SELECT 1 AS one FROM tiered_threads WHERE thread_id = %s AND quarantined"
+
+EXISTS = """
+SELECT 1 AS one FROM checkpoints WHERE thread_id = %s AND checkpoint_ns = %s AND (checkpoint_id = %s OR %s = '')
+LIMIT 1"""
 
 
 class RawValue(NamedTuple):
@@ -75,8 +82,8 @@ class ColdCheckpoint:
         ]
         return self.found._replace(checkpoint={**checkpoint, "channel_values": values}, pending_writes=writes)
 
-    def warming(self) -> tuple[bytes, int, str, list[bytes]] | None:
-        """Give what makes it hot: the encoded record, its number of blobs, `later_writes`, and its encoded writes.
+    def warming(self, generation: int) -> tuple[bytes, str, list[bytes]] | None:
+        """Give what makes it hot in a generation: the encoded record, `later_writes`, and its encoded writes.
 
         Returns:
             None for a checkpoint of an older format, which stays cold until the graph writes the next one.
@@ -100,18 +107,25 @@ class ColdCheckpoint:
             parent,
             json.dumps({**checkpoint, "channel_values": inlined}).encode(),
             json.dumps(self.found.metadata).encode(),
+            len(blobs),
             blobs,
         )
-        return encode(record), len(blobs), self.later_writes, [encode(writes) for writes in self.writes]
+        writes = [encode(writes, generation) for writes in self.writes]
+        return encode(record, generation), self.later_writes, writes
 
 
 def read_checkpoint(
     connection: Connection, serde: SerializerProtocol, position: ThreadPosition
 ) -> ColdCheckpoint | None:
-    """Read one checkpoint: the one addressed, or the latest if `checkpoint_id` is empty."""
+    """Read one checkpoint: the one addressed, or the latest if `checkpoint_id` is empty.
+
+    Raises:
+        ThreadQuarantinedError: later records of the thread wait in quarantine, so that nobody can tell.
+    """
     config: RunnableConfig = position.config()
     found = PostgresSaver(connection, serde=_RawSerializer(serde)).get_tuple(config)
     if found is None:
+        refuse_quarantined(connection, position.thread_id)
         return None
     writes: dict[tuple[str, str], list[tuple[int, str, bytes]]] = {}
     checkpoint_id = found.config["configurable"]["checkpoint_id"]
@@ -126,7 +140,9 @@ def read_checkpoint(
         WritesRecord(position.checkpoint_ns, checkpoint_id, task_id, task_path, False, task_writes)
         for (task_id, task_path), task_writes in writes.items()
     ]
-    later = connection.execute(READ_LATER_WRITES, at).fetchone()
+    later = connection.execute(READ_LATER_WRITES, (position.thread_id, *at)).fetchone()
+    if later and later["quarantined"]:
+        raise _quarantined(position.thread_id)
     return ColdCheckpoint(found, records, (later and later["id"]) or "")
 
 
@@ -139,12 +155,52 @@ def read_list(
     before: RunnableConfig | None,
     limit: int | None,
 ) -> list[CheckpointTuple]:
-    """List checkpoints exactly as `PostgresSaver.list` does."""
+    """List checkpoints exactly as `PostgresSaver.list` does.
+
+    Raises:
+        ThreadQuarantinedError: records of the one thread that is named wait in quarantine.
+    """
+    if config is not None:
+        refuse_quarantined(connection, config["configurable"]["thread_id"])
     return list(PostgresSaver(connection, serde=serde).list(config, filter=filter, before=before, limit=limit))
 
 
 def read_delta_history(
     connection: Connection, serde: SerializerProtocol, config: RunnableConfig, channels: Sequence[str]
 ) -> Mapping[str, DeltaChannelHistory]:
-    """Collect delta channels' writes exactly as `PostgresSaver.get_delta_channel_history` does."""
+    """Collect delta channels' writes exactly as `PostgresSaver.get_delta_channel_history` does.
+
+    Raises:
+        ThreadQuarantinedError: records of the thread wait in quarantine.
+    """
+    refuse_quarantined(connection, config["configurable"]["thread_id"])
     return PostgresSaver(connection, serde=serde).get_delta_channel_history(config=config, channels=channels)
+
+
+def exists(connection: Connection, position: ThreadPosition) -> bool:
+    """Tell whether PostgreSQL has a checkpoint (any one of the namespace if `checkpoint_id` is empty).
+
+    Raises:
+        ThreadQuarantinedError: records of the thread wait in quarantine.
+    """
+    refuse_quarantined(connection, position.thread_id)
+    at = (position.thread_id, position.checkpoint_ns, position.checkpoint_id, position.checkpoint_id)
+    return connection.execute(EXISTS, at).fetchone() is not None
+
+
+def refuse_quarantined(connection: Connection, thread_id: str) -> None:
+    """Raise if records of a thread wait in quarantine, so that what PostgreSQL shows of it is not all.
+
+    Raises:
+        ThreadQuarantinedError: they do.
+    """
+    if connection.execute(READ_QUARANTINED, (thread_id,)).fetchone() is not None:
+        raise _quarantined(thread_id)
+
+
+def _quarantined(thread_id: str) -> ThreadQuarantinedError:
+    return ThreadQuarantinedError(
+        f"Thread {thread_id!r:.80} is quarantined: PostgreSQL refused a record of it, so it cannot be read from there. "
+        "Its records are kept; see `langgraph-tiered quarantine`.",
+        thread_id=thread_id,
+    )

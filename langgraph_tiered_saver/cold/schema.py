@@ -27,15 +27,60 @@ MIGRATIONS = (
     # an index entry, beyond which PostgreSQL would refuse the checkpoint.
     """CREATE INDEX CONCURRENTLY IF NOT EXISTS tiered_checkpoints_run_id_idx
         ON checkpoints (md5(metadata ->> 'run_id')) WHERE metadata ? 'run_id'""",
+    # How many blobs the checkpoint references: what tells a channel without a value from a missing blob.
+    "ALTER TABLE checkpoints ADD COLUMN IF NOT EXISTS tiered_blobs INTEGER",
+    # tombstone_generation: nothing that was journaled in an older generation may come back either.
+    # quarantined: a record was refused for good, and the later ones wait with it.
+    """ALTER TABLE tiered_threads
+        ADD COLUMN IF NOT EXISTS tombstone_generation BIGINT NOT NULL DEFAULT 0,
+        ADD COLUMN IF NOT EXISTS quarantined BOOLEAN NOT NULL DEFAULT false,
+        ADD COLUMN IF NOT EXISTS run_lease TEXT,
+        ADD COLUMN IF NOT EXISTS run_lease_ends TIMESTAMPTZ""",
+    """CREATE TABLE IF NOT EXISTS tiered_quarantine (
+        thread_id TEXT NOT NULL,
+        sequence BIGINT NOT NULL,
+        payload BYTEA NOT NULL,
+        reason TEXT,
+        since TIMESTAMPTZ NOT NULL DEFAULT clock_timestamp(),
+        PRIMARY KEY (thread_id, sequence)
+    )""",
+    """CREATE TABLE IF NOT EXISTS tiered_generation (
+        one BOOLEAN PRIMARY KEY DEFAULT true CHECK (one),
+        number BIGINT NOT NULL,
+        opened BOOLEAN NOT NULL,
+        started_at TIMESTAMPTZ NOT NULL DEFAULT clock_timestamp(),
+        unreachable_at TIMESTAMPTZ NOT NULL DEFAULT to_timestamp(0)
+    ) WITH (fillfactor = 50)""",
+    """CREATE TABLE IF NOT EXISTS tiered_members (
+        member TEXT PRIMARY KEY,
+        generation BIGINT NOT NULL,
+        seen_at TIMESTAMPTZ NOT NULL
+    ) WITH (fillfactor = 50)""",
+    # The sequence number of the last operation that removed the thread whole.
+    "ALTER TABLE tiered_threads ADD COLUMN IF NOT EXISTS deleted BIGINT",
+    # Whose turn it is to apply the retention policy, and where its pass has come to.
+    """CREATE TABLE IF NOT EXISTS tiered_retention (
+        one BOOLEAN PRIMARY KEY DEFAULT true CHECK (one),
+        holder TEXT,
+        held_until TIMESTAMPTZ NOT NULL DEFAULT to_timestamp(0),
+        came_to TEXT NOT NULL DEFAULT '',
+        finished_at TIMESTAMPTZ NOT NULL DEFAULT to_timestamp(0)
+    ) WITH (fillfactor = 50)""",
+    # Whoever opens a generation looks for the leases that are held. A lease's end, which moves, is not in the index.
+    """CREATE INDEX CONCURRENTLY IF NOT EXISTS tiered_threads_run_lease_idx
+        ON tiered_threads (thread_id) WHERE run_lease IS NOT NULL""",
 )
 
 LOCK_CLASS = 0x7E1D  # first key of every advisory lock we take
 SETUP_LOCK = -1  # second key; shards count from 0
+GENERATION_LOCK = -2  # held shared by whoever writes past the hot tier, exclusively by whoever opens a generation
 
 _LOCK_POLL = (0.05, 0.25)
 
 
-def setup(connection: Connection, config: TieredConfig, *, repair: bool = False) -> dict[str, str]:
+def setup(
+    connection: Connection, config: TieredConfig, *, generation: tuple[int, bool] = (1, False), repair: bool = False
+) -> dict[str, str]:
     """Create or upgrade everything, and record the settings that must not change later.
 
     Safe from any number of processes at once, and on a database that PostgresSaver made or uses.
@@ -43,10 +88,11 @@ def setup(connection: Connection, config: TieredConfig, *, repair: bool = False)
     Args:
         connection: In autocommit mode.
         config: Schema, number of shards and time-out.
+        generation: The number and whether it is open, if PostgreSQL records none yet.
         repair: Do everything again, because somebody dropped tables that are recorded as made.
 
     Returns:
-        The recorded settings: `shards` and `generation`.
+        The recorded settings: `shards`.
 
     Raises:
         ColdTierUnavailableError: another setup held the lock for too long.
@@ -68,15 +114,31 @@ def setup(connection: Connection, config: TieredConfig, *, repair: bool = False)
         for version in range(row["v"] + 1, len(MIGRATIONS)):
             connection.execute(MIGRATIONS[version].encode())
             connection.execute("INSERT INTO tiered_migrations (v) VALUES (%s)", (version,))
-        with connection.cursor() as cursor:
-            cursor.executemany(
-                "INSERT INTO tiered_state (name, value) VALUES (%s, %s) ON CONFLICT DO NOTHING",
-                [("shards", str(config.shard_count)), ("generation", "1")],
-            )
+        connection.execute(
+            "INSERT INTO tiered_state (name, value) VALUES ('shards', %s) ON CONFLICT DO NOTHING",
+            (str(config.shard_count),),
+        )
+        connection.execute(
+            "INSERT INTO tiered_generation (number, opened) VALUES (%s, %s) ON CONFLICT DO NOTHING", generation
+        )
         return {r["name"]: r["value"] for r in connection.execute("SELECT name, value FROM tiered_state")}
     finally:
         if not connection.closed:
             connection.execute("SELECT pg_advisory_unlock(%s, %s)", (LOCK_CLASS, SETUP_LOCK))
+
+
+def recorded(connection: Connection) -> dict[str, str] | None:
+    """Give the recorded settings, or None if nothing of this version was set up."""
+    row = connection.execute("SELECT to_regclass('tiered_generation') IS NOT NULL AS ready").fetchone()
+    if row is None or not row["ready"]:
+        return None
+    if connection.execute("SELECT 1 AS one FROM tiered_generation").fetchone() is None:
+        return None
+    version = connection.execute("SELECT max(v) AS v FROM tiered_migrations").fetchone()
+    if version is None or version["v"] != len(MIGRATIONS) - 1:
+        return None
+    found = {r["name"]: r["value"] for r in connection.execute("SELECT name, value FROM tiered_state")}
+    return found if "shards" in found else None
 
 
 def last_sequence(connection: Connection) -> int:

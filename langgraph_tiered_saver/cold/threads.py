@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 
@@ -66,6 +67,46 @@ def list_threads(connection: Connection, limit: int | None, before: ThreadSummar
         ThreadSummary(row["thread_id"], row["id"], _time(row["ts"]), row["watermark"])
         for row in connection.execute(LIST_THREADS, parameters)
     ]
+
+
+IS_EMPTY = """
+SELECT NOT EXISTS (SELECT FROM checkpoints) AND NOT EXISTS (SELECT FROM checkpoint_writes) AS is_empty"""
+
+LIST_NAMESPACES = """
+SELECT thread_id, checkpoint_ns FROM checkpoints UNION SELECT thread_id, checkpoint_ns FROM checkpoint_writes"""
+
+_PAGE = 10_000
+
+
+def is_empty(connection: Connection) -> bool:
+    """Tell whether there is no thread at all."""
+    row = connection.execute(IS_EMPTY).fetchone()
+    return bool(row and row["is_empty"])
+
+
+def seen_bits(
+    connection: Connection, shard_of: Callable[[str], int], bit_of: Callable[[str, str], int]
+) -> dict[int, bytearray]:
+    """Collect the bits of all threads and namespaces, by shard, as Redis numbers bits; reads every key once."""
+    bits: dict[int, bytearray] = {}
+    with connection.transaction(), connection.cursor(name="tiered_namespaces") as cursor:
+        cursor.itersize = _PAGE
+        cursor.execute(LIST_NAMESPACES)
+        for row in cursor:
+            shard, bit = shard_of(row["thread_id"]), bit_of(row["thread_id"], row["checkpoint_ns"])
+            found = bits.setdefault(shard, bytearray())
+            if len(found) <= bit // 8:
+                found.extend(bytes(bit // 8 + 1 - len(found)))
+            found[bit // 8] |= 0x80 >> bit % 8
+    return bits
+
+
+def quarantined(connection: Connection, names: Sequence[str]) -> set[str]:
+    """Tell which of some threads are under quarantine."""
+    rows = connection.execute(
+        "SELECT thread_id FROM tiered_threads WHERE thread_id = ANY(%s) AND quarantined", (list(names),)
+    )
+    return {row["thread_id"] for row in rows}
 
 
 def _time(text: str | None) -> datetime | None:

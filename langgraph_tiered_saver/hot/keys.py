@@ -23,6 +23,7 @@ class ThreadKeys:
     dirty: bytes
     namespaces: bytes
     seen: bytes
+    probe: bytes
     hot_stem: bytes
 
     def hot(self, checkpoint_ns: str) -> bytes:
@@ -45,12 +46,10 @@ class Keyspace:
     Attributes:
         prefix: `TieredConfig.key_prefix`.
         shards: How many hash tags there are, as recorded at the first setup.
-        generation: Hot hashes of another generation are never read.
     """
 
     prefix: str
     shards: int
-    generation: int
 
     def shard_of(self, thread_id: str) -> int:
         """Give the shard of a thread; the same in every process and version."""
@@ -65,8 +64,16 @@ class Keyspace:
         return self.tag(shard) + b":dirty"
 
     def shard(self, shard: int) -> bytes:
-        """Name the hash that holds a shard's clock and the last sequence number of each journal."""
+        """Name the hash that holds a shard's generation, its clock and what is known of each journal."""
         return self.tag(shard) + b":shard"
+
+    def seen(self, shard: int) -> bytes:
+        """Name the bits of the threads and namespaces that a shard has seen."""
+        return self.tag(shard) + b":seen"
+
+    def probe(self, shard: int) -> bytes:
+        """Name the key that tells whether a shard takes writes."""
+        return self.tag(shard) + b":probe"
 
     def thread(self, thread_id: str) -> ThreadKeys:
         """Name the keys of a thread."""
@@ -79,8 +86,9 @@ class Keyspace:
             tag + b":dirty",
             tag + b":namespaces:" + name,
             tag + b":seen",
+            tag + b":probe",
             # The length keeps "a:b" + "c" apart from "a" + "b:c".
-            b"%b:hot:%d:%d:%b:" % (tag, self.generation, len(name), name),
+            b"%b:hot:%d:%b:" % (tag, len(name), name),
         )
 
 

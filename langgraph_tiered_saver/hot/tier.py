@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -17,9 +18,11 @@ from langgraph_tiered_saver.errors import (
     HotTierUnavailableError,
     InvalidInputError,
     TieredSaverError,
+    stale_writer,
 )
-from langgraph_tiered_saver.hot import scripts
+from langgraph_tiered_saver.hot import clients, scripts
 from langgraph_tiered_saver.hot.clients import AsyncRedis, SyncRedis
+from langgraph_tiered_saver.hot.cluster import is_cluster
 from langgraph_tiered_saver.hot.keys import Keyspace, meta_key, seen_bit, sweep_key
 from langgraph_tiered_saver.records import frame
 from langgraph_tiered_saver.redaction import redact
@@ -30,6 +33,8 @@ OLDEST_REDIS = (6, 2)
 # Redis closes the connection on a longer argument (`proto-max-bulk-len`), which would look like an outage.
 LARGEST_RECORD = 512 * 1024 * 1024 - 1
 _LEASE_TTL_MS = 60_000
+_FILLING_MS = 60_000
+FORMAT = "2"  # of keys, scripts and records
 
 # Refusals that pass by themselves or by an operator's hand: starting up, a failover, memory, the disk, rights lost.
 _PASSING = ("LOADING", "READONLY", "OOM", "MISCONF", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "NOREPLICAS", "BUSY",
@@ -70,11 +75,57 @@ class Appended:
     previous: int
 
 
-class HotCalls:
-    """Builds the calls for one keyspace."""
+class Writer:
+    """Names, in the hot hashes, the process whose memory holds all that an unflushed checkpoint was built from.
 
-    def __init__(self, keyspace: Keyspace, config: TieredConfig, *, evicts: bool = False) -> None:
+    Attributes:
+        name: Another one after each call whose record may be in Redis, but is not held in memory.
+    """
+
+    def __init__(self) -> None:
+        self.renew()
+
+    def renew(self) -> None:
+        """Take a new name, so that no checkpoint is built on what only Redis may have."""
+        self.name = secrets.token_hex(4)
+
+
+class LeaseUnknownError(TieredSaverError):
+    """The run lease must be made known to Redis again; never leaves the library."""
+
+
+class HotCalls:
+    """Builds the calls for one keyspace.
+
+    Attributes:
+        keyspace: The keys.
+        generation: The generation in which the calls are made; the scripts refuse any other one than their own.
+    """
+
+    def __init__(
+        self,
+        keyspace: Keyspace,
+        config: TieredConfig,
+        generation: int,
+        *,
+        evicts: bool = False,
+        writer: Writer | None = None,
+        run_leases: Mapping[str, str] | None = None,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            keyspace: The keys.
+            config: Settings.
+            generation: The generation.
+            evicts: The server may evict what has a TTL.
+            writer: Names what this process's memory holds.
+            run_leases: The tokens of the threads whose run lease this process holds.
+        """
         self.keyspace = keyspace
+        self.generation = generation
+        self._writer = writer or Writer()
+        self._run_leases = {} if run_leases is None else run_leases
         self._ttl = "0" if config.hot_ttl is None else str(int(config.hot_ttl * 1000))
         self._namespaces_ttl = "0" if evicts else self._ttl
 
@@ -91,12 +142,13 @@ class HotCalls:
                 check_size(payload),
                 frame(unchanged),
                 frame(channel.encode() for channel in encoded.removed),
-                encoded.blob_count,
                 self._ttl,
                 self._namespaces_ttl,
                 int(encoded.has_delta_channels),
                 int(encoded.is_old_format),
                 seen_bit(position.thread_id, position.checkpoint_ns),
+                self._writer.name,
+                self._run_leases.get(position.thread_id, ""),
             ),
         )
 
@@ -106,21 +158,29 @@ class HotCalls:
         return HotCall(
             scripts.PUT_WRITES,
             (keys.hot(checkpoint_ns), keys.journal, keys.shard, keys.dirty, keys.namespaces),
-            (thread_id.encode(), check_size(payload), self._ttl, self._namespaces_ttl),
+            (
+                thread_id.encode(),
+                check_size(payload),
+                self._ttl,
+                self._namespaces_ttl,
+                self._run_leases.get(thread_id, ""),
+            ),
         )
 
-    def get(self, thread_id: str, checkpoint_ns: str, checkpoint_id: str) -> HotCall:
-        """Read a checkpoint by id, if it is the hot one, and the journal's length."""
+    def get(self, thread_id: str, checkpoint_ns: str, checkpoint_id: str = "") -> HotCall:
+        """Read the latest checkpoint; or one by id, if it is the hot one, and the journal's length."""
         keys = self.keyspace.thread(thread_id)
-        return HotCall(scripts.GET, (keys.hot(checkpoint_ns), keys.journal), (checkpoint_id,))
+        return HotCall(
+            scripts.GET, (keys.hot(checkpoint_ns), keys.shard, keys.journal), (self.generation, checkpoint_id)
+        )
 
     def lease(self, thread_id: str, checkpoint_ns: str, token: str) -> HotCall:
         """Begin to warm a namespace; the reply is the journal's length."""
         keys = self.keyspace.thread(thread_id)
         return HotCall(
             scripts.LEASE,
-            (keys.hot(checkpoint_ns), keys.journal, keys.namespaces),
-            (token, checkpoint_ns.encode(), _LEASE_TTL_MS),
+            (keys.hot(checkpoint_ns), keys.journal, keys.namespaces, keys.shard),
+            (token, checkpoint_ns.encode(), _LEASE_TTL_MS, self.generation),
         )
 
     def warm(
@@ -129,7 +189,6 @@ class HotCalls:
         checkpoint_ns: str,
         token: str,
         checkpoint: bytes,
-        blob_count: int,
         later_writes: str,
         writes: Iterable[bytes],
     ) -> HotCall:
@@ -137,8 +196,8 @@ class HotCalls:
         keys, bit = self.keyspace.thread(thread_id), seen_bit(thread_id, checkpoint_ns)
         return HotCall(
             scripts.WARM,
-            (keys.hot(checkpoint_ns), keys.namespaces, keys.seen),
-            (token, checkpoint, blob_count, self._ttl, self._namespaces_ttl, later_writes.encode(), bit, *writes),
+            (keys.hot(checkpoint_ns), keys.namespaces, keys.seen, keys.shard),
+            (token, checkpoint, self._ttl, self._namespaces_ttl, later_writes.encode(), bit, *writes),
         )
 
     def maintain(self, thread_id: str, payload: bytes, *, supersedes: bool) -> HotCall:
@@ -147,7 +206,21 @@ class HotCalls:
         return HotCall(
             scripts.MAINTAIN,
             (keys.journal, keys.shard, keys.dirty, keys.namespaces),
-            (thread_id.encode(), check_size(payload), keys.hot_stem, "1" if supersedes else "0"),
+            (
+                thread_id.encode(),
+                check_size(payload),
+                keys.hot_stem,
+                "1" if supersedes else "0",
+                self.generation,
+                self._run_leases.get(thread_id, ""),
+            ),
+        )
+
+    def run_lease(self, what: str, thread_id: str, token: str, ttl: float) -> HotCall:
+        """Take (`"acquire"`), `"renew"` or `"release"` a thread's run lease; `ttl` in seconds."""
+        keys = self.keyspace.thread(thread_id)
+        return HotCall(
+            scripts.RUN_LEASE, (keys.shard,), (thread_id.encode(), self.generation, what, token, int(ttl * 1e6))
         )
 
     def journal(self, thread_id: str, most_records: int, most_bytes: int) -> HotCall:
@@ -186,6 +259,8 @@ def check_size(payload: bytes) -> bytes:
 def translate(error: Exception) -> TieredSaverError:
     """Turn a redis-py error into ours."""
     text = redact(str(error)) or type(error).__name__
+    if text.startswith("TIERED"):
+        return _translate_own(text)
     if isinstance(error, UnicodeError):
         return ConfigurationError("The host name in the Redis URL is not one; correct it.")
     authentication = isinstance(error, redis.AuthenticationError)
@@ -202,6 +277,18 @@ def translate(error: Exception) -> TieredSaverError:
         hint = "Check the Redis URL and that the server runs; the call can be repeated."
     return HotTierUnavailableError(
         f"Redis did not take the command ({type(error).__name__}: {text}). It was not acknowledged. {hint}"
+    )
+
+
+def _translate_own(text: str) -> TieredSaverError:
+    """Turn a refusal of our scripts into an error."""
+    if text.startswith("TIEREDSTALE"):
+        return stale_writer("")
+    if text.startswith("TIEREDLEASE"):
+        return LeaseUnknownError("Redis does not know the run lease that this process holds.")
+    return HotTierUnavailableError(
+        f"Redis is not in the generation that this process trusts ({text.partition(' ')[2]}): it has lost something, "
+        "or another process has opened a later one. Nothing was acknowledged."
     )
 
 
@@ -235,12 +322,12 @@ async def arun(client: AsyncRedis, call: HotCall) -> Any:
 
 
 def run_many(client: SyncRedis, calls: Sequence[HotCall]) -> list[Any]:
-    """Call scripts in one round trip (one by one on a Cluster, whose pipelines take no scripts).
+    """Call scripts in one round trip (to each server of a Cluster).
 
     Raises:
         HotTierUnavailableError, HotTierRejectedError: the first call that failed.
     """
-    if len(calls) == 1 or isinstance(client, redis.RedisCluster):
+    if len(calls) == 1:
         return [run(client, call) for call in calls]
     try:
         pipeline = client.pipeline(transaction=False)
@@ -257,20 +344,35 @@ def run_many(client: SyncRedis, calls: Sequence[HotCall]) -> list[Any]:
     return replies
 
 
-def read_hash(client: SyncRedis, key: bytes) -> dict[bytes, bytes]:
-    """Read a whole hash, in one round trip."""
+def wait_for_replicas(client: SyncRedis, key: bytes, config: TieredConfig) -> str:
+    """Wait until replicas, or append-only files, have everything that the server of a key has now.
+
+    Replication is one stream: who has a small write made now has everything before it, on whatever connection that was.
+
+    Returns:
+        What is short; "" if nothing is.
+
+    Raises:
+        HotTierUnavailableError, HotTierRejectedError: the server cannot be asked.
+    """
+    wait_ms = int(config.hot_ack_timeout * 1000)
+    wanted: tuple[str | int, ...] = ("WAIT", config.hot_ack, wait_ms)
+    if config.hot_ack_aof:
+        wanted = ("WAITAOF", 1, config.hot_ack, wait_ms)
     try:
-        return cast("dict[bytes, bytes]", client.hgetall(key))
+        # On every kind of client, a command without a key goes to the server of the one before it.
+        pipeline = client.pipeline(transaction=False)
+        pipeline.set(key, b"1", px=_LEASE_TTL_MS)
+        pipeline.execute_command(*wanted)
+        reply = pipeline.execute()[1]
     except REDIS_ERRORS as error:
         raise translate(error) from error
-
-
-async def aread_hash(client: AsyncRedis, key: bytes) -> dict[bytes, bytes]:
-    """Do what `read_hash` does, on an asynchronous client."""
-    try:
-        return cast("dict[bytes, bytes]", await client.hgetall(key))
-    except REDIS_ERRORS as error:
-        raise translate(error) from error
+    local, replicas = reply if config.hot_ack_aof else (1, reply)
+    if not local:
+        return f"The append-only file of Redis was not on disk within {config.hot_ack_timeout:g} s"
+    if replicas < config.hot_ack:
+        return f"{replicas} of {config.hot_ack} replicas had a write within {config.hot_ack_timeout:g} s"
+    return ""
 
 
 def acquire_sweep(client: SyncRedis, config: TieredConfig) -> bool:
@@ -307,7 +409,7 @@ def check_server(client: SyncRedis, config: TieredConfig) -> bool:
         servers, memories = client.info("server"), client.info("memory")
     except REDIS_ERRORS as error:
         raise translate(error) from error
-    cluster = isinstance(client, redis.RedisCluster)
+    cluster = is_cluster(client)
     for server in servers.values() if cluster else [servers]:
         version = str(server.get("redis_version", "0"))
         numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
@@ -337,24 +439,157 @@ def read_meta(client: SyncRedis, prefix: str) -> dict[str, str]:
     return {name.decode(): value.decode() for name, value in found.items()}
 
 
-def write_meta(client: SyncRedis, keyspace: Keyspace, values: Mapping[str, str], clock_floor: int) -> dict[str, str]:
-    """Record what the installation is set up with, the first time; later calls change nothing.
+@dataclass(frozen=True)
+class HotState:
+    """What Redis tells about itself.
+
+    Attributes:
+        recorded: The generation it was prepared for last; 0 if for none.
+        opened: The last generation that PostgreSQL is known to have opened; 0 if none.
+        instances: Run ids of its servers.
+        is_whole: It is what it was when that generation was opened: the same servers, and every shard is in it.
+        is_filled: It was told which threads PostgreSQL has.
+        evicts: It may evict what has a TTL.
+    """
+
+    recorded: int
+    opened: int
+    instances: frozenset[str]
+    is_whole: bool
+    is_filled: bool
+    evicts: bool
+
+    def holds(self, generation: int) -> bool:
+        """Whether everything that was acknowledged in a generation is there."""
+        return self.is_whole and self.recorded == generation
+
+
+def look(client: SyncRedis, config: TieredConfig, keyspace: Keyspace) -> HotState:
+    """Ask Redis what it is and holds, and whether it takes writes; about five round trips.
+
+    Raises:
+        ConfigurationError: it cannot be used.
+        HotTierUnavailableError, HotTierRejectedError: it does not answer, or takes no writes.
+    """
+    evicts = check_server(client, config)
+    instances = instances_of(client)
+    meta = read_meta(client, keyspace.prefix)
+    check_meta(meta, keyspace)
+    calls = [
+        HotCall(scripts.PROBE, (keyspace.shard(shard), keyspace.probe(shard)), ()) for shard in range(keyspace.shards)
+    ]
+    known = {(reply[0], reply[1]) for reply in run_many(client, calls)}
+    recorded = int(meta.get("generation", 0))
+    now = b"%d" % recorded
+    return HotState(
+        recorded,
+        int(meta.get("opened", 0)),
+        instances,
+        instances <= frozenset(meta.get("instances", "").split(","))
+        and {generation for generation, _ in known} == {now},
+        {filled for _, filled in known} == {now},
+        evicts,
+    )
+
+
+def check_meta(meta: Mapping[str, str], keyspace: Keyspace | None) -> None:
+    """Check that what Redis holds under the key prefix is of this version, and of this installation.
+
+    Raises:
+        ConfigurationError: it is not.
+    """
+    if meta and meta.get("format") != FORMAT:
+        raise ConfigurationError(
+            f"Redis holds data of format {meta.get('format')!r} under this key prefix, but this version reads "
+            f"{FORMAT!r}. Upgrade, or choose another key_prefix."
+        )
+    if meta and keyspace is not None and meta.get("shards") != str(keyspace.shards):
+        raise ConfigurationError(
+            f"Redis holds data of {meta.get('shards')} shards under key prefix {keyspace.prefix!r}, but PostgreSQL "
+            f"records {keyspace.shards}: they belong to different installations. Choose another key_prefix."
+        )
+
+
+def prepare(client: SyncRedis, keyspace: Keyspace, generation: int, clock_floor: int) -> None:
+    """Prepare every shard and the metadata for a generation.
 
     Args:
         client: Client of the server.
         keyspace: The installation's keys.
-        values: What to record.
+        generation: The generation.
         clock_floor: No sequence number will be less than this one.
 
-    Returns:
-        What is recorded now, which another process may have written first.
+    Raises:
+        HotTierUnavailableError, HotTierRejectedError: it is not done everywhere; it can be repeated.
     """
+    run_many(
+        client,
+        [HotCall(scripts.OPEN, (keyspace.shard(s),), (generation, clock_floor)) for s in range(keyspace.shards)],
+    )
+    meta = {
+        "format": FORMAT,
+        "shards": str(keyspace.shards),
+        "generation": str(generation),
+        "instances": ",".join(sorted(instances_of(client))),
+    }
     try:
-        key = meta_key(keyspace.prefix)
-        for shard in range(keyspace.shards):
-            run(client, HotCall(scripts.CLOCK, (keyspace.shard(shard),), (clock_floor,)))
-        for name, value in values.items():
-            client.hsetnx(key, name, value)
+        client.hset(meta_key(keyspace.prefix), mapping=meta)
     except REDIS_ERRORS as error:
         raise translate(error) from error
-    return read_meta(client, keyspace.prefix)
+
+
+def restore_run_leases(
+    client: SyncRedis, keyspace: Keyspace, generation: int, held: Iterable[tuple[str, str, int]]
+) -> None:
+    """Let Redis know the run leases that PostgreSQL records, and no other ones, before a generation is opened.
+
+    Args:
+        client: Client of the server.
+        keyspace: The installation's keys.
+        generation: The generation that Redis was prepared for.
+        held: Thread, token, and the microseconds that are left.
+
+    Raises:
+        HotTierUnavailableError, HotTierRejectedError: it is not done everywhere; it can be repeated.
+    """
+    arguments: list[list[bytes | str | int]] = [[generation] for _ in range(keyspace.shards)]
+    for thread_id, token, left in held:
+        arguments[keyspace.shard_of(thread_id)] += (thread_id.encode(), token, left)
+    calls = [HotCall(scripts.RUN_LEASES, (keyspace.shard(s),), given) for s, given in enumerate(arguments)]
+    run_many(client, calls)
+
+
+def record_opened(client: SyncRedis, prefix: str, generation: int) -> None:
+    """Record that a generation is open, for processes that begin while PostgreSQL cannot tell them."""
+    try:
+        client.hset(meta_key(prefix), "opened", str(generation))
+    except REDIS_ERRORS as error:
+        raise translate(error) from error
+
+
+def acquire_filling(client: SyncRedis, prefix: str) -> bool:
+    """Try to become the one process that tells Redis which threads there are; one command."""
+    try:
+        return bool(client.set(b"{%b}:filling" % prefix.encode(), b"1", nx=True, px=_FILLING_MS))
+    except REDIS_ERRORS as error:
+        raise translate(error) from error
+
+
+def fill(client: SyncRedis, keyspace: Keyspace, generation: int, bits: Mapping[int, bytes | bytearray]) -> None:
+    """Mark threads and namespaces as seen, in every shard.
+
+    Raises:
+        HotTierUnavailableError, HotTierRejectedError: it is not done everywhere; it can be repeated.
+    """
+    for shard in range(keyspace.shards):
+        seen = keyspace.seen(shard)
+        keys = (seen, keyspace.shard(shard), seen + b":new")
+        run(client, HotCall(scripts.FILL, keys, (generation, bytes(bits.get(shard, b"")))))
+
+
+def instances_of(client: SyncRedis) -> frozenset[str]:
+    """Give the run ids of the servers behind a client."""
+    try:
+        return clients.instances(client)
+    except REDIS_ERRORS as error:
+        raise translate(error) from error

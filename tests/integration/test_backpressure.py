@@ -413,7 +413,7 @@ def test_stats_tell_what_happens(make_saver: Callable[..., TieredSaver], postgre
     saver = make_saver(sweep_interval=0)
     assert saver.stats() == TieredStats()
     saver.setup()
-    assert saver.stats() == TieredStats(generation=1)
+    assert saver.stats() == TieredStats(generation=1, hot_trusted=True)
     chain = Chain(saver, "red")
     with locked_table(postgres_url):
         fill(saver, chain, 6, postgres_url)

@@ -322,7 +322,7 @@ def test_worker_once_names_threads_that_postgresql_refuses(
     Writer(urls, "good", "bad").kill()
     with redis.Redis.from_url(redis_url) as client:
         shards = int(client.hget(f"{{{key_prefix}}}:meta", "shards"))
-        journal = Keyspace(key_prefix, shards, 1).thread("bad").journal
+        journal = Keyspace(key_prefix, shards).thread("bad").journal
         newest = int(client.xrevrange(journal, count=1)[0][0].split(b"-")[0])
         client.xadd(journal, {"r": b"not a record"}, id=f"{newest + 1}-0")
 
@@ -410,7 +410,7 @@ def test_debug_shows_where_an_error_came_from() -> None:
     results = [run("--debug", *arguments), run(*arguments, "--debug")]
 
     assert [result.returncode for result in results] == [1, 1]
-    assert all("Traceback" in result.stderr and "HotTierUnavailableError" in result.stderr for result in results)
+    assert all("Traceback" in result.stderr and "BothTiersUnavailableError" in result.stderr for result in results)
 
 
 def test_help_explains_each_command_and_the_exit_codes() -> None:

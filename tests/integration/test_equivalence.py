@@ -519,7 +519,7 @@ def test_hot_reads_equal_postgres_saver(
     make_saver: Callable[..., TieredSaver], reference: PostgresSaver, script: Script, asynchronous: bool
 ) -> None:
     """I9: before anything is flushed, `get_tuple` gives what PostgresSaver gives; latest ones come from Redis alone."""
-    saver = make_saver(flush_linger=NEVER)
+    saver = make_saver(flush_linger=NEVER, durable_channels="")
     perform(reference, script)
     perform(saver, script, asynchronous=asynchronous)
     # A fork does not carry the snapshots of delta channels that it names, so that the cold tier is asked for it.
@@ -539,7 +539,7 @@ def test_unflushed_lists_equal_postgres_saver(
     make_saver: Callable[..., TieredSaver], reference: PostgresSaver, script: Script, asynchronous: bool
 ) -> None:
     """I9: `list` and the delta history see every acknowledged record though nobody asked for a flush."""
-    saver = make_saver(flush_linger=NEVER)
+    saver = make_saver(flush_linger=NEVER, durable_channels="")
     perform(reference, script)
     perform(saver, script, asynchronous=asynchronous)
     probes = list_probes(script) + delta_probes(script)
@@ -739,7 +739,7 @@ def test_replaying_any_part_of_the_journal_changes_nothing(
     make_saver: Callable[..., TieredSaver], script: Script, postgres_url: str, redis_url: str, key_prefix: str
 ) -> None:
     """I4: whoever writes records again, alone or in runs, that PostgreSQL has already, leaves the same rows."""
-    saver = make_saver(flush_linger=NEVER)
+    saver = make_saver(flush_linger=NEVER, durable_channels="")
     perform(saver, script)
     journals = read_journals(redis_url, key_prefix)
     assert sum(map(len, journals.values())) == len(script.calls)
@@ -755,14 +755,17 @@ def test_replaying_any_part_of_the_journal_changes_nothing(
                 assert rows_of(postgres_url) == rows, run
 
 
-def read_journals(redis_url: str, key_prefix: str) -> dict[str, list[tuple[int, Any]]]:
-    """Read all journals of a prefix: by thread, `(sequence number, record)`."""
+def read_journals(redis_url: str, key_prefix: str) -> dict[str, list[writer.Journaled]]:
+    """Read all journals of a prefix, by thread."""
     with redis.Redis.from_url(redis_url) as client:
         found = {}
         for key in client.scan_iter(match=f"{{{key_prefix}:*}}:journal:*", count=1000):
             thread_id = key.split(b":journal:", 1)[1].decode()
             entries = client.xrange(key)
-            found[thread_id] = [(int(name.split(b"-")[0]), decode(fields[b"r"])) for name, fields in entries]
+            found[thread_id] = [
+                writer.Journaled(int(name.split(b"-")[0]), *decode(fields[b"r"]), fields[b"r"])
+                for name, fields in entries
+            ]
     return found
 
 
@@ -1082,7 +1085,7 @@ def test_records_older_than_a_removal_do_not_come_back(
     script = Script()
     agent_loop(script, "pruned", long_text=False)
     agent_loop(script, "deleted", long_text=False)
-    saver = make_saver(flush_linger=NEVER)
+    saver = make_saver(flush_linger=NEVER, durable_channels="")
     perform(saver, script)
     journals = read_journals(redis_url, key_prefix)
     saver.prune(["pruned"])
@@ -1092,7 +1095,7 @@ def test_records_older_than_a_removal_do_not_come_back(
 
     with psycopg.connect(postgres_url, autocommit=True, row_factory=dict_row) as connection:
         for thread_id, records in journals.items():
-            assert not any(isinstance(record, MaintenanceRecord) for _, record in records)
+            assert not any(isinstance(item.record, MaintenanceRecord) for item in records)
             writer.write(connection, [writer.ThreadRecords(thread_id, 0, records)], statement_timeout=10)
 
     assert rows_of(postgres_url) == rows

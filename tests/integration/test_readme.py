@@ -69,4 +69,7 @@ def test_links_and_commands_exist() -> None:
         if not target.startswith("http"):
             assert (root / target).exists(), target
     for module in re.findall(r"python -m (tests\.[\w.]+)", TEXT):
-        assert (root / (module.replace(".", "/") + ".py")).exists(), module
+        place = root / module.replace(".", "/")
+        assert place.with_suffix(".py").exists() or (place / "__main__.py").exists(), module
+    for file, test in re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", TEXT):
+        assert f"def {test}" in (root / file).read_text(), (file, test)

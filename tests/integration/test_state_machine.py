@@ -29,7 +29,7 @@ from langgraph_tiered_saver.cold import maintenance, writer
 from langgraph_tiered_saver.drivers import _perform
 from langgraph_tiered_saver.hot.keys import Keyspace
 from langgraph_tiered_saver.hot.tier import HotCall
-from langgraph_tiered_saver.records import MaintenanceRecord, Record, decode
+from langgraph_tiered_saver.records import MaintenanceRecord, decode, encode
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -146,12 +146,14 @@ class World:
 
     @property
     def keyspace(self) -> Keyspace:
-        return Keyspace(self.key_prefix, SHARDS, 1)
+        return Keyspace(self.key_prefix, SHARDS)
 
-    def journal(self, thread_id: str) -> list[tuple[int, Record]]:
-        """Read a thread's journal: `(sequence number, record)`."""
+    def journal(self, thread_id: str) -> list[writer.Journaled]:
+        """Read a thread's journal."""
         entries = self.redis.xrange(self.keyspace.thread(thread_id).journal)
-        return [(int(name.split(b"-")[0]), decode(fields[b"r"])) for name, fields in entries]
+        return [
+            writer.Journaled(int(name.split(b"-")[0]), *decode(fields[b"r"]), fields[b"r"]) for name, fields in entries
+        ]
 
     def unflushed(self) -> list[bytes]:
         """List what in Redis says that something is not flushed."""
@@ -220,7 +222,7 @@ class TwoSavers(RuleBasedStateMachine):
         self.savers = self.world.savers
         self.known: dict[tuple[str, str], dict[str, Known]] = {slot: {} for slot in self.slots}
         self.announced: dict[tuple[str, str], list[str]] = {slot: [] for slot in self.slots}
-        self.held: dict[str, dict[int, Record]] = {thread: {} for thread in self.threads}
+        self.held: dict[str, dict[int, writer.Journaled]] = {thread: {} for thread in self.threads}
         self.count = 0
         self.eager = False
 
@@ -373,7 +375,7 @@ class TwoSavers(RuleBasedStateMachine):
 
     def hold(self, thread: str) -> None:
         """Read a journal, as a flusher does that is then slow."""
-        self.held[thread].update(self.world.journal(thread))
+        self.held[thread].update({item.sequence: item for item in self.world.journal(thread)})
 
     # --- what is removed and copied ----------------------------------------------------------------------------------
 
@@ -408,7 +410,8 @@ class TwoSavers(RuleBasedStateMachine):
         query = "SELECT tombstone FROM tiered_threads WHERE thread_id = %s"
         found = self.world.postgres.execute(query, (thread,)).fetchone()
         assert found is not None
-        self.held[thread][found["tombstone"]] = record
+        sequence = found["tombstone"]
+        self.held[thread][sequence] = writer.Journaled(sequence, 1, record, encode(record, 1))
 
     # --- what happens by itself --------------------------------------------------------------------------------------
 
@@ -430,15 +433,23 @@ class TwoSavers(RuleBasedStateMachine):
         """Write records once more that PostgreSQL has had for long, as a slow flusher does in the end."""
         thread = self.threads[number]
         waiting = self.world.journal(thread)
-        first = waiting[0][0] if waiting else None
-        held = sorted(item for item in self.held[thread].items() if first is None or item[0] < first)
+        first = waiting[0].sequence if waiting else None
+        held = [item for sequence, item in sorted(self.held[thread].items()) if first is None or sequence < first]
         shard_of, connection = self.world.keyspace.shard_of, self.world.postgres
         start %= max(1, len(held))
-        for sequence, record in held[start : start + size]:
-            if isinstance(record, MaintenanceRecord):
-                maintenance.execute(connection, thread, sequence, record, shard_of=shard_of, statement_timeout=10.0)
+        for item in held[start : start + size]:
+            if isinstance(item.record, MaintenanceRecord):
+                maintenance.execute(
+                    connection,
+                    thread,
+                    item.sequence,
+                    item.generation,
+                    item.record,
+                    shard_of=shard_of,
+                    statement_timeout=10.0,
+                )
             else:
-                entry = writer.ThreadRecords(thread, shard_of(thread), [(sequence, record)])
+                entry = writer.ThreadRecords(thread, shard_of(thread), [item])
                 writer.write(connection, [entry], statement_timeout=10.0)
 
     # --- what is read ------------------------------------------------------------------------------------------------

@@ -26,13 +26,15 @@ REFUSED = ColdTierUnavailableError("not now")
 
 
 def make(**settings: object) -> Backlog:
-    return Backlog(TieredConfig.from_settings(settings))
+    queue = Backlog(TieredConfig.from_settings(settings))
+    queue.trust(1)
+    return queue
 
 
 def add(queue: Backlog, thread_id: str, *sequences: int, previous: int = 0, payload: bytes = b"x") -> None:
     """Add records that follow each other in the journal."""
     for sequence in sequences:
-        queue.add(thread_id, sequence, previous, payload)
+        queue.add(thread_id, sequence, previous, payload, generation=1)
         previous = sequence
 
 
@@ -164,7 +166,7 @@ class Process:
         """A reply arrives; they may overtake each other."""
         if self.unadded:
             sequence, previous = self.unadded.pop(which % len(self.unadded))
-            self.queue.add("t", sequence, previous, b"xx")
+            self.queue.add("t", sequence, previous, b"xx", generation=1)
 
     def plan(self, most: int) -> None:
         """Plan, and read the journal if the plan says so."""
@@ -355,8 +357,8 @@ def test_a_write_through_ticket_is_resolved_by_its_own_flush() -> None:
     """I1: a write-through call returns when PostgreSQL has its record, not before and not much later."""
     queue = make()
     tickets = [Future[None](), Future[None]()]
-    queue.add("t", 1, 0, b"x", ticket=tickets[0])
-    queue.add("t", 2, 1, b"x", ticket=tickets[1])
+    queue.add("t", 1, 0, b"x", generation=1, ticket=tickets[0])
+    queue.add("t", 2, 1, b"x", generation=1, ticket=tickets[1])
 
     assert queue.flushed("t", 1) == 1
 
@@ -443,7 +445,7 @@ def test_a_failed_flush_keeps_the_records_and_tells_those_who_settle() -> None:
     """I1, I7: nothing is forgotten; a reader gets a typed error at once, `flush()` and write-through go on waiting."""
     queue = make()
     write_through: Future[None] = Future()
-    queue.add("t", 1, 0, b"x", ticket=write_through)
+    queue.add("t", 1, 0, b"x", generation=1, ticket=write_through)
     (reader,) = queue.settle(["t"])
     everything = queue.everything()
     queue.plan()
@@ -473,23 +475,77 @@ def test_a_quarantined_thread_is_told_and_set_aside() -> None:
     """I7: everybody who waits for it learns why, later ones too; every other thread goes on."""
     queue = make()
     write_through: Future[None] = Future()
-    queue.add("bad", 1, 0, b"x", ticket=write_through)
+    queue.add("bad", 1, 0, b"x", generation=1, ticket=write_through)
     (reader,) = queue.settle(["bad"])
     add(queue, "good", 1)
     everything = queue.everything()
 
-    queue.quarantine("bad", REFUSED)
+    queue.plan()
+    queue.flushed("bad", 1, refused=REFUSED)
 
     assert [write_through.exception(0), reader.exception(0)] == [REFUSED, REFUSED]
     assert (queue.state().quarantined, queue.records) == (("bad",), 1)
     later: Future[None] = Future()
-    queue.add("bad", 2, 1, b"x", ticket=later)
+    queue.add("bad", 2, 1, b"x", generation=1, ticket=later)
+    assert [plan.thread_id for plan in queue.plan()] == ["good", "bad"]
+    queue.flushed("bad", 2, refused=REFUSED)
     assert later.exception(0) is REFUSED
-    queue.adopt(["bad"])
-    assert [plan.thread_id for plan in queue.plan()] == ["good"]
     queue.flushed("good", 1)
     assert [ticket.exception(0) for ticket in everything] == [REFUSED, None]
     assert [ticket.exception(0) for ticket in queue.everything()] == [REFUSED]
+    queue.release(["bad"])
+    assert (queue.state().quarantined, queue.everything()) == ((), [])
+
+
+def test_nothing_is_taken_over_in_a_generation_that_has_ended() -> None:
+    """I6: a reply of a generation that is not trusted any more acknowledges nothing."""
+    queue = make()
+
+    queue.distrust(REFUSED)
+
+    assert not queue.add("t", 1, 0, b"x", generation=1)
+    assert queue.is_drained()
+    queue.trust(2)
+    assert not queue.add("t", 1, 0, b"x", generation=1)
+    assert queue.add("t", 1, 0, b"x", generation=2)
+
+
+def test_without_a_journal_memory_is_flushed_alone() -> None:
+    """I1: what this process holds goes to PostgreSQL without others' records; what memory did not keep waits."""
+    queue = make(max_memory_bytes=2)
+    queue.add("t", 2, 1, b"x", generation=1)
+    queue.add("t", 3, 2, b"x", generation=1)
+    queue.add("t", 4, 3, b"x", generation=1)
+    queue.adopt(["orphan"])
+    (reader,) = queue.settle(["t"])
+
+    queue.distrust(REFUSED)
+
+    assert reader.exception(0) is REFUSED
+    assert [ticket.exception(0) for ticket in queue.settle(["t"])] == [REFUSED]
+    assert [(p.thread_id, [e.sequence for e in p.entries], p.read_journal) for p in queue.plan()] == [
+        ("t", [2, 3], False)
+    ]
+    queue.flushed("t", 3)
+    assert queue.plan() == []
+    queue.use_journal()
+    assert [(p.thread_id, p.read_journal) for p in queue.plan()] == [("t", True)]
+
+
+def test_a_soft_ticket_fails_with_the_first_flush_that_does() -> None:
+    """I8: who would like a record to be durable at once, and can do without, does not wait for a failing flush."""
+    queue = make()
+    soft: Future[None] = Future()
+    hard: Future[None] = Future()
+    queue.add("t", 1, 0, b"x", generation=1, ticket=soft, soft=True)
+    queue.add("t", 2, 1, b"x", generation=1, ticket=hard)
+
+    queue.fail_settling(REFUSED)
+
+    assert soft.exception(0) is REFUSED
+    assert not hard.done()
+    queue.flushed("t", 2)
+    assert hard.result(0) is None
 
 
 def test_giving_up_tells_everybody_and_counts_what_is_left() -> None:
@@ -497,7 +553,7 @@ def test_giving_up_tells_everybody_and_counts_what_is_left() -> None:
     queue = make(max_backlog_records=2)
     closed = SaverClosedError("closed")
     write_through: Future[None] = Future()
-    queue.add("t", 1, 0, b"x", ticket=write_through)
+    queue.add("t", 1, 0, b"x", generation=1, ticket=write_through)
     add(queue, "t", 2, previous=1)
     waiting = [write_through, *queue.settle(["t", "other"]), *queue.everything(), queue.room()]
 
@@ -566,7 +622,7 @@ def test_who_waits_for_a_flush_does_not_pay_for_the_linger(who: str) -> None:
     {
         "settle": lambda: queue.settle(["t"]),
         "everything": queue.everything,
-        "write-through": lambda: queue.add("t", 2, 1, b"x", ticket=Future()),
+        "write-through": lambda: queue.add("t", 2, 1, b"x", generation=1, ticket=Future()),
         "room": queue.room,
         "wake": queue.wake,
     }[who]()

@@ -89,6 +89,7 @@ def hot_fields(encoded: codec.EncodedCheckpoint) -> dict[bytes, bytes]:
     """Give what `put.lua` keeps of a complete checkpoint where nothing was hot."""
     record = encoded.record()
     fields = {
+        b"g": b"1",
         b"id": record.checkpoint_id.encode(),
         b"p": record.parent_id.encode(),
         b"c": record.checkpoint,
@@ -141,7 +142,7 @@ states = st.dictionaries(channels, st.one_of(plain, nested), max_size=6)
 @example({"a": "\\u0000", "b": "\0", "c": "\ud800", "d": math.nan, "e": -0.0, "f": 2**64, "g": 1e16, "h": LONG})
 def test_hot_values_come_back_with_their_types(values: dict[str, Any]) -> None:
     """I9: what a hot read gives is what was put, value for value and type for type."""
-    found = codec.decode_hot(SERDE, HERE, hot_fields(encode(values)))
+    found = codec.decode_hot(SERDE, HERE, hot_fields(encode(values)), 1)
 
     assert found is not None
     assert exact(found.checkpoint["channel_values"]) == exact(values)
@@ -216,7 +217,7 @@ def test_no_channel_value_is_in_plaintext_under_a_serializer_that_encrypts(serde
     record = encoded.record()
     assert json.loads(record.checkpoint)["channel_values"] == {}
     assert [channel for channel, _, _ in record.blobs] == ["channel"]
-    found = codec.decode_hot(serde, HERE, hot_fields(encoded))
+    found = codec.decode_hot(serde, HERE, hot_fields(encoded), 1)
     assert found is not None
     assert exact(found.checkpoint["channel_values"]["channel"]) == exact(value)
 
@@ -264,7 +265,7 @@ def test_an_unchanged_channel_is_not_serialized() -> None:
     assert [channel for channel, _, _ in encoded.record().blobs] == ["small"]
     encoded.carry_every_channel()
     assert (encoded.unchanged, encoded.blob_count) == ([], 2)
-    found = codec.decode_hot(serde, HERE, hot_fields(encoded))
+    found = codec.decode_hot(serde, HERE, hot_fields(encoded), 1)
     assert found is not None
     assert found.checkpoint["channel_values"] == {"big": ["big"], "small": ["small"], "count": 7}
 
@@ -283,7 +284,7 @@ def test_a_delta_snapshot_leaves_the_marker_that_postgres_saver_leaves() -> None
 
     assert json.loads(encoded.checkpoint)["channel_values"] == {"log": True}
     assert [(channel, version) for channel, version, _ in encoded.blobs] == [("log", "1")]
-    found = codec.decode_hot(SERDE, HERE, hot_fields(encoded))
+    found = codec.decode_hot(SERDE, HERE, hot_fields(encoded), 1)
     assert found is not None
     assert found.checkpoint["channel_values"] == {"log": _DeltaSnapshot(["a"])}
 
@@ -304,14 +305,14 @@ def test_a_hash_that_misses_anything_is_a_miss(values: dict[str, Any], data: st.
     else:
         del changed[name]
 
-    assert codec.decode_hot(SERDE, HERE, changed) is None
-    assert codec.decode_hot(SERDE, HERE, fields) is not None
+    assert codec.decode_hot(SERDE, HERE, changed, 1) is None
+    assert codec.decode_hot(SERDE, HERE, fields, 1) is not None
 
 
 @pytest.mark.parametrize("fields", [{}, {b"l": b"token"}, {b"u": b"1-child"}])
 def test_a_hash_without_a_checkpoint_is_a_miss(fields: dict[bytes, bytes]) -> None:
     """I7: an empty hash, a lease or early writes alone say nothing about what there is."""
-    assert codec.decode_hot(SERDE, HERE, fields) is None
+    assert codec.decode_hot(SERDE, HERE, fields, 1) is None
 
 
 @pytest.mark.parametrize(("uncertain", "trusted"), [(b"0-parent", True), (b"1-child", False), (b"2-later", False)])
@@ -319,7 +320,7 @@ def test_uncertain_hot_state_is_a_miss(uncertain: bytes, trusted: bool) -> None:
     """I9: up to the checkpoint that is noted as uncertain, the cold tier is asked."""
     fields = {**hot_fields(encode({"a": [1]})), b"u": uncertain}
 
-    assert (codec.decode_hot(SERDE, HERE, fields) is not None) == trusted
+    assert (codec.decode_hot(SERDE, HERE, fields, 1) is not None) == trusted
 
 
 task_names = st.text(st.characters(codec="utf-8", exclude_characters="\0\\"), min_size=1, max_size=4)
@@ -347,7 +348,7 @@ def test_pending_writes_come_in_langgraph_s_order(given_calls: list[Any], random
     shuffled = list(fields.items())
     random.shuffle(shuffled)
 
-    found = codec.decode_hot(SERDE, HERE, dict(shuffled))
+    found = codec.decode_hot(SERDE, HERE, dict(shuffled), 1)
 
     assert found is not None
     assert exact(found.pending_writes) == exact([write for _, write in sorted(expected.items())])

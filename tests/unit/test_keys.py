@@ -30,12 +30,10 @@ def all_of(keys: ThreadKeys, ns: str) -> dict[str, bytes]:
 
 
 @RELAXED
-@given(prefixes, st.integers(1, 64), st.integers(1, 3), threads, namespaces)
-def test_all_keys_of_a_thread_lie_in_one_slot(
-    prefix: str, shards: int, generation: int, thread_id: str, ns: str
-) -> None:
+@given(prefixes, st.integers(1, 64), threads, namespaces)
+def test_all_keys_of_a_thread_lie_in_one_slot(prefix: str, shards: int, thread_id: str, ns: str) -> None:
     """One script may touch a thread's and its shard's keys on a Cluster, whatever braces its names hold."""
-    keyspace = Keyspace(prefix, shards, generation)
+    keyspace = Keyspace(prefix, shards)
 
     slots = {key_slot(key) for key in all_of(keyspace.thread(thread_id), ns).values()}
 
@@ -46,7 +44,7 @@ def test_all_keys_of_a_thread_lie_in_one_slot(
 @given(st.lists(st.tuples(threads, namespaces), min_size=2, max_size=6, unique=True), st.integers(1, 3))
 def test_no_two_namespaces_share_a_hot_hash(positions: list[tuple[str, str]], shards: int) -> None:
     """I9: `a:b` + `c` and `a` + `b:c` are two places; neither ever reads the other's checkpoint."""
-    keyspace = Keyspace("p", shards, 1)
+    keyspace = Keyspace("p", shards)
 
     hot = {keyspace.thread(thread_id).hot(ns) for thread_id, ns in positions}
 
@@ -57,7 +55,7 @@ def test_no_two_namespaces_share_a_hot_hash(positions: list[tuple[str, str]], sh
 @given(st.text("a:1", min_size=3, max_size=10))
 def test_a_colon_may_stand_anywhere_in_either_name(text: str) -> None:
     """I9: however a text is cut at its colons into thread and namespace, each cut is a place of its own."""
-    keyspace = Keyspace("p", 1, 1)
+    keyspace = Keyspace("p", 1)
     cuts = [(text[:at], text[at + 1 :]) for at in range(1, len(text)) if text[at] == ":"]
 
     hot = {keyspace.thread(thread_id).hot(ns) for thread_id, ns in cuts}
@@ -69,7 +67,7 @@ def test_a_colon_may_stand_anywhere_in_either_name(text: str) -> None:
 @given(st.lists(threads, min_size=2, max_size=5, unique=True), namespaces, st.integers(1, 3))
 def test_no_key_of_one_thread_is_another_kind_of_key(thread_ids: list[str], ns: str, shards: int) -> None:
     """I5: deleting one thread's keys touches no other thread's journal, hot hash or set of namespaces."""
-    keyspace = Keyspace("p", shards, 1)
+    keyspace = Keyspace("p", shards)
 
     own = [
         key
@@ -84,20 +82,10 @@ def test_no_key_of_one_thread_is_another_kind_of_key(thread_ids: list[str], ns: 
 
 
 @RELAXED
-@given(threads, namespaces, st.integers(1, 9), st.integers(1, 9))
-def test_hot_state_of_another_generation_is_never_read(thread_id: str, ns: str, one: int, other: int) -> None:
-    """I6: a hot hash belongs to one generation; the journal belongs to all, because it must still be flushed."""
-    mine, theirs = Keyspace("p", 4, one).thread(thread_id), Keyspace("p", 4, other).thread(thread_id)
-
-    assert (mine.hot(ns) == theirs.hot(ns)) == (one == other)
-    assert (mine.journal, mine.dirty, mine.namespaces) == (theirs.journal, theirs.dirty, theirs.namespaces)
-
-
-@RELAXED
 @given(threads, namespaces)
 def test_a_thread_s_hot_keys_begin_with_its_stem(thread_id: str, ns: str) -> None:
     """I5: a delete finds every hot hash as stem + namespace."""
-    keys = Keyspace("p", 4, 1).thread(thread_id)
+    keys = Keyspace("p", 4).thread(thread_id)
 
     assert keys.hot(ns) == keys.hot_stem + ns.encode()
 
@@ -106,15 +94,15 @@ def test_a_thread_s_hot_keys_begin_with_its_stem(thread_id: str, ns: str) -> Non
 @given(prefixes, prefixes, threads)
 def test_installations_with_different_prefixes_share_no_key(one: str, other: str, thread_id: str) -> None:
     """Two installations on one Redis stay apart."""
-    mine = set(all_of(Keyspace(one, 4, 1).thread(thread_id), "").values()) | {meta_key(one), sweep_key(one)}
-    theirs = set(all_of(Keyspace(other, 4, 1).thread(thread_id), "").values()) | {meta_key(other), sweep_key(other)}
+    mine = set(all_of(Keyspace(one, 4).thread(thread_id), "").values()) | {meta_key(one), sweep_key(one)}
+    theirs = set(all_of(Keyspace(other, 4).thread(thread_id), "").values()) | {meta_key(other), sweep_key(other)}
 
     assert bool(mine & theirs) == (one == other)
 
 
 def test_the_shard_of_a_thread_never_changes() -> None:
     """I1: another version that computed another shard would not find what is journaled; these are recorded values."""
-    keyspace = Keyspace("p", 64, 1)
+    keyspace = Keyspace("p", 64)
 
     assert [keyspace.shard_of(name) for name in ("", "a", "thread-1", "ünïcode {x}:/")] == [0, 3, 57, 30]
-    assert all(0 <= Keyspace("p", shards, 1).shard_of("thread-1") < shards for shards in (1, 2, 7, 4096))
+    assert all(0 <= Keyspace("p", shards).shard_of("thread-1") < shards for shards in (1, 2, 7, 4096))

@@ -35,6 +35,18 @@ def test_an_encoded_password_in_a_url_is_hidden(scheme: str, user: str, password
 
 
 @RELAXED
+@given(st.sampled_from(["redis+cluster", "rediss+cluster", "redis+sentinel", "rediss+sentinel"]), users, passwords)
+def test_an_encoded_password_in_a_url_of_several_servers_is_hidden(scheme: str, user: str, password: str) -> None:
+    """The servers stay; the sentinels' own password goes, too."""
+    encoded = quote(password, safe="")
+    servers = "host.example:1234,[::1]:26379,other/service/0"
+    url = f"{scheme}://{user}:{encoded}@{servers}?timeout=3&sentinel_password={encoded}"
+
+    assert redact(url) == f"{scheme}://{user}:***@{servers}?timeout=3&sentinel_password=***"
+    assert redact(f"{scheme}://{servers}") == f"{scheme}://{servers}"
+
+
+@RELAXED
 @given(users, unquoted)
 def test_a_password_that_redis_py_takes_unencoded_is_hidden(user: str, password: str) -> None:
     """redis-py splits at the last `@`, so that a password may hold others; no part of it stays."""

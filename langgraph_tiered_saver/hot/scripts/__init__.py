@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from importlib.resources import files
 
-_USING_COMMON = frozenset({"put", "put_writes", "maintain", "warm"})
+_USING_COMMON = frozenset({"put", "put_writes", "maintain", "warm", "lease", "run_lease", "run_leases"})
 
 
 @dataclass(frozen=True)
@@ -35,4 +35,8 @@ MAINTAIN = _load("maintain")
 ACK = _load("ack")
 JOURNAL = _load("journal")
 SWEEP = _load("sweep")
-CLOCK = _load("clock")
+OPEN = _load("open")
+PROBE = _load("probe")
+FILL = _load("fill")
+RUN_LEASE = _load("run_lease")
+RUN_LEASES = _load("run_leases")

@@ -11,4 +11,4 @@ else
   redis.call('ZREM', KEYS[3], ARGV[1])
   redis.call('HDEL', KEYS[2], 't:' .. ARGV[1])
 end
-return {removed, redis.call('XLEN', KEYS[1])}
+return {removed, first and redis.call('XLEN', KEYS[1]) or 0}

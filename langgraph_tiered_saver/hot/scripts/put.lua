@@ -1,19 +1,31 @@
 -- Acknowledge a checkpoint: append its record to the journal and, if it is the latest, make it the hot one.
 -- KEYS: hot hash, journal, shard, dirty, namespaces, seen
 -- ARGV: thread, record, unchanged channels {channel, version, ...} (framed; '' = the record is complete),
---       removed channels (framed), number of blobs, ttl in ms ('0' = none), ttl of the namespaces,
+--       removed channels (framed), ttl in ms ('0' = none), ttl of the namespaces,
 --       '1' = the graph has delta channels, '1' = the checkpoint's format is older than 4,
---       bit of the thread and namespace in `seen`
+--       bit of the thread and namespace in `seen`, writer, run lease ('' = none)
 -- Returns {sequence number, the previous record's}, or {} when the record must carry every channel.
 local hot = KEYS[1]
 local record = unframe(ARGV[2])
-local id, parent = record[3], record[4]
-local known = redis.call('HMGET', hot, 'id', 'u', 'wn', 'p', 'l', 'e')
-local current, uncertain = known[1], known[2]
+local generation, id, parent = record[2], record[4], record[5]
+local state, refusal = enter(KEYS[3], ARGV[1], generation, given(ARGV[11]))
+if refusal then return refusal end
+local known = redis.call('HMGET', hot, 'g', 'id', 'u', 'wn', 'p', 'l', 'e', 'x', 'q')
+if known[1] ~= generation then
+  renew(hot, generation, known[1])
+  known = {}
+end
+local current, uncertain = known[2], known[3]
 
 if ARGV[3] ~= '' then
-  -- PostgreSQL is sure to have, or to get first, only what the hot parent was built from.
+  -- PostgreSQL is sure to have, or to get first, only what the hot parent was built from; and while that is unflushed,
+  -- this writer's memory must hold all of it (x, since a complete checkpoint of its own), so that any one process or
+  -- Redis can be lost. q: the last record that the hot checkpoint was built from.
   if not current or current ~= parent then return {} end
+  if known[8] and known[8] ~= ARGV[10] then
+    local first = state.tail and redis.call('XRANGE', KEYS[2], '-', '+', 'COUNT', 1)[1]
+    if first and tonumber(string.match(first[1], '%d+')) <= tonumber(known[9]) then return {} end
+  end
   local unchanged = unframe(ARGV[3])
   local names = {}
   for i = 1, #unchanged, 2 do names[#names + 1] = 'v:' .. unchanged[i] end
@@ -38,10 +50,10 @@ local function has_sends(key, hot_id, checkpoint_id)
   return false
 end
 
-local reply = append(KEYS[2], KEYS[3], KEYS[4], ARGV[1], ARGV[2])
+local reply = append(KEYS[2], KEYS[3], KEYS[4], ARGV[1], ARGV[2], state)
 local fields, stale = {}, {}
 local branch = current and current ~= parent
-if known[5] then stale[1] = 'l' end
+if known[6] then stale[1] = 'l' end
 if current and id < current then
   in_chunks('HDEL', hot, stale)
   return reply
@@ -50,23 +62,24 @@ end
 -- 'u': up to this checkpoint the hot state may be incomplete, or not the latest, and the cold tier must be asked. It
 -- stays with the descendants until the hash is warmed.
 -- * Nothing was hot: writes that came before their checkpoint may be missing, and a later checkpoint may be cold. Only a
---   thread's first checkpoint is known to be neither, if the shard has never seen the thread and namespace before.
+--   thread's first checkpoint is known to be neither, if the shard has never seen the thread and namespace before (its
+--   bits are complete once they were filled from the cold tier in this generation).
 -- * Another branch was hot: a delta channel's last snapshot, which its descendants name without carrying it, is missing.
 -- * Before format 4, a checkpoint's pending sends are writes of its parent, which the library's reader merges.
 if not current then
-  local mark = early_mark(ARGV[1], record[2])
+  local mark = early_mark(ARGV[1], record[3])
   local early = redis.call('HGET', KEYS[3], mark)
-  local seen = redis.call('SETBIT', KEYS[6], ARGV[10], 1)
-  if early == any_id or (not early and (parent ~= '' or seen == 1)) then early = id end
+  local seen = redis.call('SETBIT', KEYS[6], ARGV[9], 1)
+  if not early and (parent ~= '' or seen == 1 or state.seen ~= generation) then early = id end
   if early and early <= id then redis.call('HDEL', KEYS[3], mark) end
   if early and (not uncertain or uncertain < early) then uncertain = early end
-elseif not uncertain and ((branch and ARGV[8] == '1') or (ARGV[9] == '1' and has_sends(hot, current, parent))) then
+elseif not uncertain and ((branch and ARGV[7] == '1') or (ARGV[8] == '1' and has_sends(hot, current, parent))) then
   uncertain = id
 end
 if uncertain then fields = {'u', uncertain > id and uncertain or id} end
 
 -- Writes of older checkpoints stay in the cold tier only; so do the channels of another branch.
-if branch or tonumber(known[3] or '0') > 0 then
+if branch or tonumber(known[4] or '0') > 0 then
   local names, kept = redis.call('HKEYS', hot), 0
   for i = 1, #names do
     local name = names[i]
@@ -91,16 +104,17 @@ end
 in_chunks('HDEL', hot, stale)
 
 -- A checkpoint that is put again keeps its first parent, as PostgresSaver's upsert does.
-if id == current then parent = known[4] end
+if id == current then parent = known[5] end
 local count = #fields
-for i = 7, #record, 3 do
+for i = 9, #record, 3 do
   fields[count + 1], fields[count + 2] = 'v:' .. record[i], record[i + 1]
   fields[count + 3], fields[count + 4] = 'b:' .. record[i], record[i + 2]
   count = count + 4
 end
-local head = {'id', id, 'p', parent, 'c', record[5], 'm', record[6], 'k', ARGV[5]}
+local head = {'g', generation, 'id', id, 'p', parent, 'c', record[6], 'm', record[7], 'k', record[8], 'x', ARGV[10],
+              'q', reply[1]}
 for i = 1, #head do fields[count + i] = head[i] end
 in_chunks('HSET', hot, fields)
-if not current then redis.call('SADD', KEYS[5], record[2]) end
-keep_alive(hot, KEYS[5], ARGV[6], ARGV[7], reply[1], current and known[6])
+if not current then redis.call('SADD', KEYS[5], record[3]) end
+keep_alive(hot, KEYS[5], ARGV[5], ARGV[6], reply[1], current and known[7])
 return reply

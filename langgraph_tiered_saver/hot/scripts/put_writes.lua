@@ -1,32 +1,38 @@
 -- Acknowledge writes: append their record to the journal and, unless their checkpoint is an older one, keep them hot.
 -- KEYS: hot hash, journal, shard, dirty, namespaces
--- ARGV: thread, record, ttl in ms ('0' = none), ttl of the namespaces
+-- ARGV: thread, record, ttl in ms ('0' = none), ttl of the namespaces, run lease ('' = none)
 -- Returns {sequence number, the previous record's}.
 local hot = KEYS[1]
 local record = unframe(ARGV[2])
-local id = record[3]
-local known = redis.call('HMGET', hot, 'id', 'u', 'l', 'e')
-local current = known[1]
-local reply = append(KEYS[2], KEYS[3], KEYS[4], ARGV[1], ARGV[2])
-if known[3] then redis.call('HDEL', hot, 'l') end
+local generation, id = record[2], record[4]
+local state, refusal = enter(KEYS[3], ARGV[1], generation, given(ARGV[5]))
+if refusal then return refusal end
+local known = redis.call('HMGET', hot, 'g', 'id', 'u', 'l', 'e')
+if known[1] ~= generation then
+  renew(hot, generation, known[1])
+  known = {}
+end
+local current = known[2]
+local reply = append(KEYS[2], KEYS[3], KEYS[4], ARGV[1], ARGV[2], state)
+if known[4] then redis.call('HDEL', hot, 'l') end
 if current and id < current then return reply end
 if not current then
   -- Earlier writes of the same checkpoint may have left the hot tier; whoever reads it must ask the cold one.
   -- The shard keeps that in mind too, because the hash may be evicted before the checkpoint comes.
-  if not known[2] or known[2] < id then
-    redis.call('HSET', hot, 'u', id)
-    redis.call('HSET', KEYS[3], early_mark(ARGV[1], record[2]), id)
+  if not known[3] or known[3] < id then
+    redis.call('HSET', hot, 'g', generation, 'u', id)
+    redis.call('HSET', KEYS[3], early_mark(ARGV[1], record[3]), id)
   end
-  redis.call('SADD', KEYS[5], record[2])
+  redis.call('SADD', KEYS[5], record[3])
 else
-  local command = record[6] == '1' and 'HSET' or 'HSETNX'
-  local stem = 'w:' .. id .. '\0' .. record[4] .. '\0'
+  local command = record[7] == '1' and 'HSET' or 'HSETNX'
+  local stem = 'w:' .. id .. '\0' .. record[5] .. '\0'
   local added = 0
-  for i = 7, #record, 3 do
-    local value = record[5] .. '\0' .. record[i + 1] .. '\0' .. record[i + 2]
+  for i = 8, #record, 3 do
+    local value = record[6] .. '\0' .. record[i + 1] .. '\0' .. record[i + 2]
     added = added + redis.call(command, hot, stem .. record[i], value)
   end
   if added > 0 then redis.call('HINCRBY', hot, 'wn', added) end
 end
-keep_alive(hot, KEYS[5], ARGV[3], ARGV[4], reply[1], current and known[4])
+keep_alive(hot, KEYS[5], ARGV[3], ARGV[4], reply[1], current and known[5])
 return reply

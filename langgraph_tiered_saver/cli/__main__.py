@@ -1,0 +1,5 @@
+"""`python -m langgraph_tiered_saver.cli` is `langgraph-tiered`."""
+
+from langgraph_tiered_saver.cli import main
+
+main()
