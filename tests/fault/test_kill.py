@@ -345,7 +345,7 @@ def test_a_flush_queued_behind_a_delete_writes_nothing(make_saver: Callable[...,
     for _ in range(5):
         chain.put(), chain.write()
     deleter.setup()
-    shard = Keyspace(place.key_prefix, holder.config.shard_count, 1).shard_of("red")
+    shard = Keyspace(place.key_prefix, holder.config.shard_count).shard_of("red")
     with psycopg.connect(place.postgres_url) as connection:
         connection.execute("SELECT pg_advisory_xact_lock(%s, %s)", (LOCK_CLASS, shard))
         deleting = threading.Thread(target=deleter.delete_thread, args=("red",))
@@ -393,7 +393,7 @@ def test_two_processes_write_to_one_thread(
         psycopg.connect(place.postgres_url, autocommit=True) as connection,
         redis.Redis.from_url(place.redis_url) as client,
     ):
-        journal = Keyspace(place.key_prefix, 64, 1).thread("shared").journal
+        journal = Keyspace(place.key_prefix, 64).thread("shared").journal
 
         def look() -> bool:
             acked = sum(len(writer.acked()) for writer in writers)

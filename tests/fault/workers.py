@@ -311,10 +311,12 @@ def awrite(options: dict[str, Any]) -> None:
 def write_and_die_after_commit(options: dict[str, Any]) -> None:
     """Write some steps, and be killed between PostgreSQL's commit and the trimming of the journal."""
 
-    def die(*_: Any) -> None:
+    def die(_: Any, written: Any) -> None:
+        if not written:
+            return
         os.kill(os.getpid(), signal.SIGKILL)
 
-    Flusher._acknowledge = die  # type: ignore[method-assign]
+    Flusher._done = die  # type: ignore[method-assign]
     saver = open_saver(options)
     chains = [Chain(saver, thread_id) for thread_id in options["threads"]]
     for _ in _steps(options):
