@@ -123,7 +123,11 @@ class Health:
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._stopping = False
+        self._ended = threading.Event()
         self._thread: threading.Thread | None = None
+        self._patience = max(3 * config.poll_interval, 1.0)  # after which the others take this process for dead
+        self._longest_gap = self._patience - 1.5 * min(config.poll_interval, self._patience / 3)
+        self._pulse_at = time.monotonic()
         self._waiters: list[Ticket] = []
         self._lost: TieredSaverError | None = None
         self._late: int | None = None
@@ -141,6 +145,28 @@ class Health:
         self._cold_back_at = float("-inf")
 
     # --- for operations ------------------------------------------------------------------------------------------
+
+    def trusted(self) -> tier.HotCalls | None:
+        """Give the calls of the trusted generation, unless this process stood still for too long to know."""
+        if time.monotonic() - self._pulse_at > self._longest_gap:
+            self._doubt()
+        return self.calls
+
+    def _doubt(self) -> None:
+        gap = time.monotonic() - self._pulse_at
+        if gap > self._longest_gap:
+            self.lose(
+                HotTierUnavailableError(
+                    f"This process stood still for {gap:.1f} s, in which the others may have gone on without it."
+                )
+            )
+            self._pulse_at = time.monotonic()
+
+    def _beat(self) -> None:
+        """Notice that the whole process was stopped, by a signal, a debugger or a suspended machine."""
+        while not self._ended.wait(self._longest_gap / 4):
+            self._doubt()
+            self._pulse_at = time.monotonic()
 
     def lose(self, error: TieredSaverError, calls: tier.HotCalls | None = None) -> None:
         """Stop trusting Redis.
@@ -213,7 +239,9 @@ class Health:
         """Start the thread."""
         thread = threading.Thread(target=self._run, name="langgraph-tiered-health", daemon=True)
         self._thread = thread
+        self._pulse_at = time.monotonic()
         thread.start()
+        threading.Thread(target=self._beat, name="langgraph-tiered-pulse", daemon=True).start()
 
     def stop(self, *, farewell: bool) -> None:
         """End the thread.
@@ -223,6 +251,7 @@ class Health:
         """
         with self._lock:
             self._stopping = True
+        self._ended.set()
         self._wake.set()
         self._refuse(SaverClosedError("The saver was closed."))
         if farewell and self._reported and self._pool.broken is None:
@@ -301,7 +330,7 @@ class Health:
                     self._backlog.use_journal()
                 return _STEP
             self._show(number)
-        patience = max(3 * self._config.poll_interval, 1.0)
+        patience = self._patience
         horizon = _HORIZON
         if time.monotonic() - self._cold_back_at < _HORIZON:
             horizon += self._cold_away_for

@@ -201,7 +201,7 @@ def _write(
         try:
             reply, payload = yield from call(hot)
             crash_points.reach("after_journal")
-            is_held = runtime.backlog.add(
+            is_held = runtime.hot is hot and runtime.backlog.add(
                 thread_id,
                 reply.sequence,
                 reply.previous,

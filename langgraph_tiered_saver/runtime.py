@@ -127,7 +127,7 @@ class Runtime:
     @property
     def hot(self) -> tier.HotCalls | None:
         """The calls of the generation in which the hot tier may be used; None while it may not."""
-        return self.health.calls if hasattr(self, "health") else None
+        return self.health.trusted() if hasattr(self, "health") else None
 
     # --- setup ---------------------------------------------------------------------------------------------------
 

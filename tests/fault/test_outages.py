@@ -8,6 +8,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import signal
+import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -626,3 +629,40 @@ def test_many_threads_while_redis_comes_and_goes(stack: Stack, place: Place) -> 
         for future in futures:
             future.result(20)
     place.assert_whole(*chains)
+
+
+STANDING_STILL = """
+import sys
+from langgraph_tiered_saver import TieredSaver
+redis_url, postgres_url, name = sys.argv[1:]
+settings = {"key_prefix": name, "postgres_schema": name, "poll_interval": 0.2, "redis_timeout": 1.0}
+saver = TieredSaver.from_conn_string(redis_url, postgres_url, **settings)
+for _ in sys.stdin:
+    found = saver.get_tuple({"configurable": {"thread_id": "red"}})
+    print(found.config["configurable"]["checkpoint_id"], saver.stats().hot_trusted, flush=True)
+"""
+
+
+def test_a_process_that_stood_still_does_not_answer_from_what_was(stack: Stack, place: Place, proxy: Proxy) -> None:
+    """I6: stopped while the others went past Redis, which kept its old state, a process asks before it trusts again."""
+    writer = place.open(through(stack.redis.url, proxy, stack.redis.port))
+    chain = Steps(writer, "red")
+    chain.put(), writer.flush()
+    command = [sys.executable, "-c", STANDING_STILL, stack.redis.url, stack.postgres.url, place.name]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdin is not None
+        assert other.stdout is not None
+        try:
+            for _ in range(2):
+                print(file=other.stdin, flush=True)
+                assert other.stdout.readline() == f"{chain.ids[-1]} True\n"
+            proxy.refuse()
+            proxy.cut()
+            other.send_signal(signal.SIGSTOP)
+            chain.put()  # waits until the other one counts as dead
+            chain.put()
+            print(file=other.stdin, flush=True)
+            other.send_signal(signal.SIGCONT)
+            assert other.stdout.readline().split()[0] == chain.ids[-1]
+        finally:
+            other.kill()
