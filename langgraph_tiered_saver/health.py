@@ -154,7 +154,7 @@ class Health:
 
     def _doubt(self) -> None:
         gap = time.monotonic() - self._pulse_at
-        if gap > self._longest_gap:
+        if gap > self._longest_gap and not self._ended.is_set():
             self.lose(
                 HotTierUnavailableError(
                     f"This process stood still for {gap:.1f} s, in which the others may have gone on without it."
