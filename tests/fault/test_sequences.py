@@ -1,0 +1,241 @@
+"""Single sequences of the kind that `test_planner_machine` searches for, each of which has lost something once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.fault.crash_workers import resume
+from tests.fault.simulation import POLL, Outcome, Process, World, new_world
+from tests.fault.workers import Acked, Chain, address, values_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from langgraph_tiered_saver.embedded import EmbeddedServers
+
+READ_STEPS = """
+SELECT (checkpoint -> 'channel_values' ->> 'step')::int AS step FROM checkpoints
+WHERE thread_id = %s AND checkpoint_ns = %s ORDER BY checkpoint_id"""
+
+
+@pytest.fixture(scope="module")
+def module_world(servers: EmbeddedServers) -> Iterator[World]:
+    """One world for all tests of this module."""
+    with new_world(servers.postgres_url) as world:
+        yield world
+
+
+@pytest.fixture
+def world(module_world: World) -> World:
+    """The world, with nothing in it."""
+    module_world.begin()
+    return module_world
+
+
+def call(process: Process, work: Callable[[], Any]) -> Any:
+    """Let a client of a process make a call, which must return."""
+    task = process.start("call", work)
+    task.run()
+    for _ in range(10):
+        if not task.done:
+            process.world.pass_time(POLL)
+    assert task.done, f"{task} does not end"
+    if task.error is not None:
+        raise task.error
+    return task.result
+
+
+def chain(process: Process, thread_id: str = "red", checkpoint_ns: str = "") -> Chain:
+    """Go on with a thread where it stands."""
+    new = Chain(process.saver, thread_id, checkpoint_ns=checkpoint_ns)
+    return resume(new, call(process, lambda: process.saver.get_tuple(address(thread_id, checkpoint_ns=checkpoint_ns))))
+
+
+def lose_redis(*processes: Process) -> None:
+    """Let processes notice that Redis cannot be reached."""
+    for process in processes:
+        process.reaches_redis = False
+        process.start("read", lambda process=process: process.saver.get_tuple(address("other"))).run()
+        assert process.runtime.hot is None
+
+
+def settle(world: World) -> None:
+    """Let everything work again, and flush what is left anywhere."""
+    world.redis_is_up = world.postgres_is_up = True
+    for process in world.processes:
+        process.reaches_redis = process.reaches_postgres = True
+    world.pass_time(4 * POLL)
+    for process in world.processes:
+        process.adopting().run()
+    world.pass_time(POLL)
+
+
+def check_durable(world: World, acked: list[Acked], checkpoint_ns: str = "") -> None:
+    """I1, I2: PostgreSQL has each record whole."""
+    reader = world.start()
+    for record in acked:
+        found = call(
+            reader,
+            lambda record=record: reader.saver.get_tuple(
+                address(record.thread_id, record.checkpoint_id, checkpoint_ns)
+            ),
+        )
+        assert found is not None
+        assert found.checkpoint["channel_values"] == values_of(record.thread_id, record.step)
+
+
+def test_an_orphan_survives_what_was_flushed_from_memory_after_it(world: World) -> None:
+    """I1: what one process flushes without a look at the journal says nothing of the records before it."""
+    dead, alive = world.start(), world.start()
+    acked = [call(dead, chain(dead).put)]
+    world.kill(dead)
+    line = chain(alive)
+    acked.append(call(alive, line.put))
+    lose_redis(alive)
+    alive.flushing().run()
+    alive.reaches_redis = True
+    alive.checking().run()
+    assert alive.runtime.health._trusted == 1, "Redis is trusted again in the same generation"
+
+    acked.append(call(alive, line.put))
+    alive.flushing().run()
+
+    settle(world)
+    check_durable(world, acked)
+
+
+def test_an_orphan_survives_a_flush_during_which_redis_came_back(world: World) -> None:
+    """I1: the same, where Redis is trusted again between a flush and its acknowledgement."""
+    dead, alive = world.start(), world.start()
+    acked = [call(dead, chain(dead).put)]
+    world.kill(dead)
+    acked.append(call(alive, chain(alive).put))
+    lose_redis(alive)
+    alive.flushing().run(0)
+    alive.reaches_redis = True
+    alive.checking().run()
+    assert alive.runtime.hot is not None
+    alive.flushing().run()
+
+    settle(world)
+    check_durable(world, acked)
+
+
+def test_a_prune_leaves_what_came_before_it(world: World) -> None:
+    """I1: a prune that is flushed from memory, before another process's earlier record, does not make that void."""
+    writer, pruner = world.start(), world.start()
+    acked = [call(writer, chain(writer).put)]
+    task = pruner.start("prune", lambda: pruner.saver.prune(["red"]))
+    task.run()
+    lose_redis(writer, pruner)
+
+    pruner.flushing().run()
+    writer.flushing().run()
+
+    settle(world)
+    assert task.done
+    check_durable(world, acked)
+
+
+def test_a_delete_leaves_what_came_after_it(world: World) -> None:
+    """I1: a delete that could not wait for PostgreSQL, and is executed from memory, takes nothing that came later."""
+    writer, deleter = world.start(), world.start()
+    line = chain(writer)
+    call(writer, line.put)
+    world.postgres_is_up = False
+    task = deleter.start("delete", lambda: deleter.saver.delete_thread("red"))
+    task.run()
+    world.pass_time(5 * POLL)
+    assert task.error is not None
+    acked = [call(writer, line.put)]
+    lose_redis(writer, deleter)
+    world.postgres_is_up = True
+
+    writer.flushing().run()
+    deleter.flushing().run()
+
+    settle(world)
+    check_durable(world, acked)
+
+
+def test_a_delta_needs_no_checkpoint_of_another_process(world: World) -> None:
+    """I2: a checkpoint whose parent another process holds is whole, whatever was put to another namespace meanwhile."""
+    one, other = world.start(), world.start()
+    call(one, chain(one).put)
+    line = chain(other)
+    call(other, chain(other, checkpoint_ns="sub").put)
+    acked = [call(other, line.put)]
+    world.kill(one)
+    world.wipe()
+
+    settle(world)
+
+    check_durable(world, acked)
+
+
+def test_a_delta_needs_no_checkpoint_that_was_given_up(world: World) -> None:
+    """I2: a put that failed after Redis had it is nobody's to flush; what comes after it is whole."""
+    process = world.start()
+    line = chain(process)
+    call(process, line.put)
+    world.pass_time(POLL)
+    task = process.start("put", line.put)
+    task.run(0, Outcome.UNANSWERED, stay=True)
+    world.redis_is_up = world.postgres_is_up = False
+    process.checking().run()
+    task.run()
+    world.pass_time(POLL)
+    assert task.error is not None
+    world.redis_is_up = True
+    world.pass_time(POLL)
+    assert process.runtime.hot is not None
+
+    resumed = chain(process)
+    assert resumed.step == line.step, "the put that failed is what a reader sees"
+    acked = [call(process, resumed.put)]
+    world.wipe()
+    settle(world)
+
+    check_durable(world, acked)
+
+
+def test_a_delta_without_its_parent_is_not_shown(world: World) -> None:
+    """I2: where memory could not keep the parent and Redis lost it, the child is not shown with channels missing."""
+    process = world.start(max_memory_bytes=700)
+    line = chain(process)
+    call(process, line.put)
+    call(process, line.put)
+    kept = [entry.payload is not None for entry in process.runtime.backlog._queues["red"].entries]
+    assert kept == [True, False]
+    process.runtime.backlog._config = process.runtime.backlog._config.__class__(max_memory_bytes=10_000)
+    call(process, line.put)
+    world.wipe()
+
+    settle(world)
+
+    reader = world.start()
+    for found in call(reader, lambda: list(reader.saver.list(address("red")))):
+        assert found.checkpoint["channel_values"] == values_of("red", found.checkpoint["channel_values"]["step"])
+
+
+def test_a_delete_returns_when_it_is_done(world: World) -> None:
+    """I5: a delete that Redis has, and which a mishap of Redis interrupts, returns once PostgreSQL has executed it."""
+    process = world.start()
+    call(process, chain(process).put)
+    process.flushing().run()
+    task = process.start("delete", lambda: process.saver.delete_thread("red"))
+    task.run()
+    assert not task.done
+    lose_redis(process)
+    process.reaches_redis = True
+    process.checking().run()
+    world.go_on()
+    process.go_on()
+
+    rows = world.postgres.execute(READ_STEPS, ("red", "")).fetchall()
+    assert not (task.done and rows)
+    settle(world)
+    assert task.done
+    assert world.postgres.execute(READ_STEPS, ("red", "")).fetchall() == []
