@@ -260,7 +260,8 @@ class Health:
             leaving.start()
             leaving.join(_LEAVING)
         if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(_LEAVING)
+            # It may be waiting for a PostgreSQL that hangs; it is a daemon, and touches nothing any more.
+            self._thread.join(_LEAVING / 5)
 
     def _leave(self) -> None:
         with contextlib.suppress(TieredSaverError):
