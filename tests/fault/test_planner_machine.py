@@ -721,7 +721,7 @@ def test_anything_may_happen(world: World) -> None:
     run_state_machine_as_test(
         type("Machine", (Processes,), {"world": world}),
         settings=settings(
-            max_examples=EXAMPLES or 60,
+            max_examples=EXAMPLES or 40,
             # Shrinking takes minutes; what is found in a short run is reported as it is, with how to repeat it.
             phases=[phase for phase in Phase if EXAMPLES or phase is not Phase.shrink],
             stateful_step_count=40,

@@ -567,20 +567,20 @@ def world(redis_url: str, postgres_url: str, key_prefix: str) -> Iterator[World]
 @pytest.mark.timeout(0 if EXAMPLES else 240)
 def test_any_calls_read_like_one_saver_in_memory(world: World) -> None:
     """I1, I2, I4, I5, I6, I9: two savers that flush only when somebody waits, three threads, two namespaces."""
-    run_machine(world, places=6, examples=80, steps=50)
+    run_machine(world, places=6, examples=40, steps=50)
 
 
 @pytest.mark.timeout(0 if EXAMPLES else 240)
 def test_any_calls_in_one_place_read_like_one_saver_in_memory(world: World) -> None:
     """I1, I2, I4, I5, I6, I9: the same, where every call meets every other one."""
-    run_machine(world, places=1, examples=110, steps=50)
+    run_machine(world, places=1, examples=50, steps=50)
 
 
 @pytest.mark.timeout(0 if EXAMPLES else 240)
 def test_any_calls_with_flushers_running_beside(world: World) -> None:
     """I1, I2, I4, I5, I6, I9: the same, with both background flushers at work all the time."""
     world.linger = 0.0
-    run_machine(world, places=6, examples=25, steps=50)
+    run_machine(world, places=6, examples=12, steps=50)
 
 
 # --- single sequences ------------------------------------------------------------------------------------------------
