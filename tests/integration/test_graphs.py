@@ -42,7 +42,6 @@ class Relay:
 
 
 RELAYS = {
-    "sync": Relay("tiered", "tiered", asynchronous=False),
     "async": Relay("tiered", "tiered", asynchronous=True),
     "from_postgres_saver": Relay("postgres", "tiered", asynchronous=False),
     "to_postgres_saver": Relay("tiered", "postgres", asynchronous=False),
