@@ -35,7 +35,7 @@ from langgraph_tiered_saver.names import (
     text_of,
     version_text,
 )
-from langgraph_tiered_saver.records import CheckpointRecord, WritesRecord, pack_value, unpack_value
+from langgraph_tiered_saver.records import Blob, CheckpointRecord, WritesRecord, pack_value, unpack_value
 from langgraph_tiered_saver.values import JSON, NUL_ESCAPE, dump, encrypts, holds_nul, inlinable, is_json, storable
 
 # From this checkpoint format on, pending sends are an ordinary channel; the library's reader migrates older ones.
@@ -51,7 +51,7 @@ class EncodedCheckpoint:
         parent_id: The parent's id, or `""`.
         checkpoint: JSON text.
         metadata: JSON text.
-        blobs: The changed channels' blobs: `(channel, version, value)`.
+        blobs: The changed channels' blobs.
         unchanged: The other blob-stored channels: `(channel, version)`, their values not serialized.
         removed: Changed channels that have no blob now.
         blob_count: How many blobs a complete checkpoint has.
@@ -63,7 +63,7 @@ class EncodedCheckpoint:
     parent_id: str
     checkpoint: bytes
     metadata: bytes
-    blobs: list[tuple[str, str, bytes]]
+    blobs: list[Blob]
     unchanged: list[tuple[str, str]]
     removed: list[str]
     blob_count: int
@@ -92,7 +92,7 @@ class EncodedCheckpoint:
             SerializationError: the serializer cannot take one of them.
         """
         self.blobs = self.blobs + [
-            (channel, version, pack_value(dump(self._serde, channel, self._values[channel])))
+            Blob(channel, version, pack_value(dump(self._serde, channel, self._values[channel])))
             for channel, version in self.unchanged
         ]
         self.unchanged = []
@@ -124,7 +124,7 @@ def encode_checkpoint(
     values: Mapping[str, Any] = checkpoint["channel_values"]
     versions = checkpoint["channel_versions"]
     inlined: dict[str, Any] = {}
-    blobs: list[tuple[str, str, bytes]] = []
+    blobs: list[Blob] = []
     unchanged: list[tuple[str, str]] = []
     blob_count = 0
     stored = set()
@@ -145,7 +145,7 @@ def encode_checkpoint(
                     raise
                 inlined[channel] = value
                 continue
-            blobs.append((channel, version, pack_value(typed)))
+            blobs.append(Blob(channel, version, pack_value(typed)))
             stored.add(channel)
             blob_count += channel in versions and version_text(versions[channel]) == version
         elif channel in versions:

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args, get_type_hints
 from langgraph_tiered_saver.errors import ConfigurationError
 
 WriteMode = Literal["behind", "through"]
+Storage = Literal["standard", "compact"]
 
 ENVIRONMENT_PREFIX = "LANGGRAPH_TIERED_"
 
@@ -42,6 +43,14 @@ class TieredConfig:
 
     write_mode: WriteMode = "behind"
     """`"behind"`: a write returns when Redis has it. `"through"`: it also waits until PostgreSQL has it."""
+
+    storage: Storage = "standard"
+    """`"standard"`: PostgreSQL holds every value whole, as PostgresSaver does. `"compact"`: a value that has only grown
+    is stored as what it adds to the one before it; plain PostgresSaver then reads through views."""
+
+    delta_memory_bytes: int = 64 * 1024 * 1024
+    """Most bytes of the latest values kept in memory, which tell what a step added; the flusher keeps as many.
+    0: every step sends whole values."""
 
     shard_count: int = 64
     """How many hash tags threads are spread over. Recorded at the first setup; the recorded number wins."""
@@ -153,6 +162,7 @@ class TieredConfig:
             usable = usable and "\0" not in schema and not schema.startswith("pg_") and schema != "$user"
             _check(usable, "postgres_schema", schema, "1 to 63 bytes, not '$user' and not starting with 'pg_'")
         _check(self.write_mode in get_args(WriteMode), "write_mode", self.write_mode, "'behind' or 'through'")
+        _check(self.storage in get_args(Storage), "storage", self.storage, "'standard' or 'compact'")
         _check(1 <= self.shard_count <= 4096, "shard_count", self.shard_count, "1 to 4096")
         _check(self.hot_ttl is None or self.hot_ttl >= 1, "hot_ttl", self.hot_ttl, "at least 1 second, or None")
         for name in ("flush_max_records", "flush_max_bytes", "max_backlog_records", "max_backlog_bytes",
@@ -169,9 +179,9 @@ class TieredConfig:
             _check(getattr(self, name) > 0, name, getattr(self, name), "more than 0 seconds")
         _check(0.01 <= self.poll_interval <= 60, "poll_interval", self.poll_interval, "0.01 to 60 seconds")
         _check(_is_text(self.durable_channels), "durable_channels", self.durable_channels, "text in Unicode")
-        for name in ("flush_linger", "max_memory_bytes", "backlog_timeout", "flush_timeout", "close_timeout",
-                     "exit_timeout", "sweep_interval", "orphan_grace", "redis_retries", "hot_ack", "hot_ack_timeout",
-                     "postgres_statement_timeout"):  # fmt: skip
+        for name in ("flush_linger", "delta_memory_bytes", "max_memory_bytes", "backlog_timeout", "flush_timeout",
+                     "close_timeout", "exit_timeout", "sweep_interval", "orphan_grace", "redis_retries", "hot_ack",
+                     "hot_ack_timeout", "postgres_statement_timeout"):  # fmt: skip
             _check(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
 
     @classmethod
@@ -235,7 +245,12 @@ def _check_type(name: str, value: object, kinds: tuple[Any, ...]) -> None:
         _check(float in kinds or (int in kinds and isinstance(value, int)), name, value, "a whole number")
         _check(math.isfinite(value), name, value, "a finite number")
     elif isinstance(value, str):
-        _check(bool({str, "behind"} & set(kinds)), name, value, "a number" if bool not in kinds else "True or False")
+        _check(
+            bool({str, "behind", "standard"} & set(kinds)),
+            name,
+            value,
+            "a number" if bool not in kinds else "True or False",
+        )
     else:
         _check(value is None and type(None) in kinds, name, value, "a number, a text, True or False")
 

@@ -4,7 +4,8 @@ A record is one acknowledged operation. It is encoded once, as a flat run of byt
 front ("frames"), and these bytes are what the scripts receive, the journal stores and the flusher works on. Lua
 reads them with `struct`; MessagePack was the first choice, but the `cmsgpack` of Redis knows no byte strings.
 
-Values keep the serializer's output: `type`, a NUL, and the bytes.
+Values keep the serializer's output: `type`, a NUL, and the bytes; or, instead of the bytes, a delta to an earlier
+version's (`deltas`). Order per thread makes that sound: whoever has a record has its base.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 CHECKPOINT = b"c"
 WRITES = b"w"
@@ -22,6 +23,31 @@ MAINTENANCE = b"m"
 _LENGTH = struct.Struct(">I")
 
 TypedValue = tuple[str, bytes]
+
+# In place of a base's version: the value is whole, and deltas may be made to it, because these bytes are the only ones
+# that were ever stored under its version.
+FRESH = "*"
+
+
+class Blob(NamedTuple):
+    """The value of a channel that a checkpoint carries.
+
+    Attributes:
+        channel: The channel.
+        version: The channel's version.
+        value: As `pack_value` makes it; with a base, a delta stands for the bytes.
+        base: The version that the delta is made to; `""` or `FRESH` if the value is whole.
+    """
+
+    channel: str
+    version: str
+    value: bytes
+    base: str = ""
+
+    @property
+    def is_delta(self) -> bool:
+        """Whether the value is a delta."""
+        return self.base not in ("", FRESH)
 
 
 @dataclass(frozen=True)
@@ -35,7 +61,7 @@ class CheckpointRecord:
         checkpoint: The checkpoint as JSON text, blob-stored channel values left out.
         metadata: The metadata as JSON text.
         blob_count: How many blobs the checkpoint references, carried or not.
-        blobs: `(channel, version, value)`; value as `pack_value` makes it.
+        blobs: The values it carries.
     """
 
     checkpoint_ns: str
@@ -44,7 +70,7 @@ class CheckpointRecord:
     checkpoint: bytes
     metadata: bytes
     blob_count: int
-    blobs: Sequence[tuple[str, str, bytes]]
+    blobs: Sequence[Blob]
 
 
 @dataclass(frozen=True)
@@ -133,8 +159,8 @@ def encode(record: Record, generation: int) -> bytes:
     if isinstance(record, CheckpointRecord):
         parts = [CHECKPOINT, b"%d" % generation, record.checkpoint_ns.encode(), record.checkpoint_id.encode(),
                  record.parent_id.encode(), record.checkpoint, record.metadata, b"%d" % record.blob_count]  # fmt: skip
-        for channel, version, value in record.blobs:
-            parts += (channel.encode(), version.encode(), value)
+        for channel, version, value, base in record.blobs:
+            parts += (channel.encode(), version.encode(), base.encode(), value)
     elif isinstance(record, WritesRecord):
         parts = [WRITES, b"%d" % generation, record.checkpoint_ns.encode(), record.checkpoint_id.encode(),
                  record.task_id.encode(), record.task_path.encode(), b"1" if record.upsert else b"0"]  # fmt: skip
@@ -156,9 +182,12 @@ def decode(payload: bytes) -> tuple[int, Record]:
     """
     parts = unframe(payload)
     kind = parts[0] if parts else b""
-    if kind == CHECKPOINT and len(parts) >= 8 and len(parts) % 3 == 2:
+    if kind == CHECKPOINT and len(parts) >= 8 and len(parts) % 4 == 0:
         ns, checkpoint_id, parent_id = (part.decode() for part in parts[2:5])
-        blobs = [(parts[i].decode(), parts[i + 1].decode(), parts[i + 2]) for i in range(8, len(parts), 3)]
+        blobs = [
+            Blob(parts[i].decode(), parts[i + 1].decode(), parts[i + 3], parts[i + 2].decode())
+            for i in range(8, len(parts), 4)
+        ]
         return int(parts[1]), CheckpointRecord(ns, checkpoint_id, parent_id, parts[5], parts[6], int(parts[7]), blobs)
     if kind == WRITES and len(parts) >= 7 and len(parts) % 3 == 1:
         ns, checkpoint_id, task_id, task_path = (part.decode() for part in parts[2:6])

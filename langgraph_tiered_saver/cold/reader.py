@@ -16,7 +16,7 @@ from langgraph_tiered_saver.codec import FORMAT_WITH_SENDS
 from langgraph_tiered_saver.cold.pool import Connection
 from langgraph_tiered_saver.errors import ThreadQuarantinedError
 from langgraph_tiered_saver.names import ThreadPosition, version_text
-from langgraph_tiered_saver.records import CheckpointRecord, TypedValue, WritesRecord, encode, pack_value
+from langgraph_tiered_saver.records import Blob, CheckpointRecord, TypedValue, WritesRecord, encode, pack_value
 
 READ_WRITES = """
 SELECT task_id, task_path, idx, channel, type, blob FROM checkpoint_writes
@@ -94,7 +94,7 @@ class ColdCheckpoint:
         values: Mapping[str, Any] = checkpoint["channel_values"]
         versions = checkpoint["channel_versions"]
         blobs = [
-            (channel, version_text(versions[channel]), pack_value(value.typed))
+            Blob(channel, version_text(versions[channel]), pack_value(value.typed))
             for channel, value in values.items()
             if isinstance(value, RawValue)
         ]

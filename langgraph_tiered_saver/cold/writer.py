@@ -139,8 +139,8 @@ class Rows:
 
     def _add_checkpoint(self, thread_id: str, sequence: int, record: CheckpointRecord) -> None:
         ns = record.checkpoint_ns
-        for channel, version, value in record.blobs:
-            self.blobs.setdefault((thread_id, ns, channel, version), unpack_value(value))
+        for blob in record.blobs:
+            self.blobs.setdefault((thread_id, ns, blob.channel, blob.version), unpack_value(blob.value))
         key = (thread_id, ns, record.checkpoint_id)
         earlier = self.checkpoints.get(key)
         parent = earlier[0] if earlier else record.parent_id

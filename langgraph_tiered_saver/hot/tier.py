@@ -34,7 +34,7 @@ OLDEST_REDIS = (6, 2)
 LARGEST_RECORD = 512 * 1024 * 1024 - 1
 _LEASE_TTL_MS = 60_000
 _FILLING_MS = 60_000
-FORMAT = "2"  # of keys, scripts and records
+FORMAT = "3"  # of keys, scripts and records
 
 # Refusals that pass by themselves or by an operator's hand: starting up, a failover, memory, the disk, rights lost.
 _PASSING = ("LOADING", "READONLY", "OOM", "MISCONF", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "NOREPLICAS", "BUSY",

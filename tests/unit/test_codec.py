@@ -96,7 +96,7 @@ def hot_fields(encoded: codec.EncodedCheckpoint) -> dict[bytes, bytes]:
         b"m": record.metadata,
         b"k": b"%d" % encoded.blob_count,
     }
-    for channel, version, value in record.blobs:
+    for channel, version, value, _ in record.blobs:
         fields[b"v:" + channel.encode()] = version.encode()
         fields[b"b:" + channel.encode()] = value
     return fields
@@ -166,7 +166,7 @@ def test_what_is_inlined_is_text_that_postgresql_takes(values: dict[str, Any]) -
             assert "\0" not in value
             assert len(value) <= LONGEST_INLINE_STRING
         assert exact(value) == exact(values[channel])
-    assert {channel for channel, _, _ in record.blobs} == set(values) - set(inlined)
+    assert {channel for channel, *_ in record.blobs} == set(values) - set(inlined)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_the_inlining_rule(value: Any, inlined: bool) -> None:
     encoded = encode({"channel": value})
 
     assert ("channel" in json.loads(encoded.checkpoint)["channel_values"]) == inlined
-    assert [channel for channel, _, _ in encoded.blobs] == ([] if inlined else ["channel"])
+    assert [channel for channel, *_ in encoded.blobs] == ([] if inlined else ["channel"])
     assert encoded.blob_count == (0 if inlined else 1)
 
 
@@ -216,7 +216,7 @@ def test_no_channel_value_is_in_plaintext_under_a_serializer_that_encrypts(serde
 
     record = encoded.record()
     assert json.loads(record.checkpoint)["channel_values"] == {}
-    assert [channel for channel, _, _ in record.blobs] == ["channel"]
+    assert [channel for channel, *_ in record.blobs] == ["channel"]
     found = codec.decode_hot(serde, HERE, hot_fields(encoded), 1)
     assert found is not None
     assert exact(found.checkpoint["channel_values"]["channel"]) == exact(value)
@@ -262,7 +262,7 @@ def test_an_unchanged_channel_is_not_serialized() -> None:
 
     assert ["big"] not in serde.dumped
     assert (encoded.unchanged, encoded.blob_count) == ([("big", "1")], 2)
-    assert [channel for channel, _, _ in encoded.record().blobs] == ["small"]
+    assert [channel for channel, *_ in encoded.record().blobs] == ["small"]
     encoded.carry_every_channel()
     assert (encoded.unchanged, encoded.blob_count) == ([], 2)
     found = codec.decode_hot(serde, HERE, hot_fields(encoded), 1)
@@ -283,7 +283,7 @@ def test_a_delta_snapshot_leaves_the_marker_that_postgres_saver_leaves() -> None
     encoded = encode({"log": _DeltaSnapshot(["a"])})
 
     assert json.loads(encoded.checkpoint)["channel_values"] == {"log": True}
-    assert [(channel, version) for channel, version, _ in encoded.blobs] == [("log", "1")]
+    assert [(channel, version) for channel, version, *_ in encoded.blobs] == [("log", "1")]
     found = codec.decode_hot(SERDE, HERE, hot_fields(encoded), 1)
     assert found is not None
     assert found.checkpoint["channel_values"] == {"log": _DeltaSnapshot(["a"])}
@@ -536,5 +536,5 @@ def test_the_record_carries_what_the_flusher_needs() -> None:
     assert (record.checkpoint_ns, record.checkpoint_id, record.parent_id) == ("ns", "1-child", "0-parent")
     assert json.loads(record.checkpoint) == {**checkpoint_of({"a": [1], "b": 2}), "channel_values": {"b": 2}}
     assert json.loads(record.metadata) == {"source": "loop", "step": 1}
-    ((channel, version, value),) = record.blobs
+    ((channel, version, value, _),) = record.blobs
     assert (channel, version, SERDE.loads_typed(unpack_value(value))) == ("a", "1", [1])

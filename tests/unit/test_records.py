@@ -10,6 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from langgraph_tiered_saver.records import (
+    FRESH,
+    Blob,
     CheckpointRecord,
     MaintenanceRecord,
     WritesRecord,
@@ -36,7 +38,7 @@ checkpoints = st.builds(
     json_text,
     json_text,
     st.integers(0, 99),
-    st.lists(st.tuples(names, names, values), max_size=4),
+    st.lists(st.builds(Blob, names, names, values, st.one_of(st.just(""), st.just(FRESH), names)), max_size=4),
 )
 writes = st.builds(
     WritesRecord,

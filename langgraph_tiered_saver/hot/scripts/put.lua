@@ -106,9 +106,9 @@ in_chunks('HDEL', hot, stale)
 -- A checkpoint that is put again keeps its first parent, as PostgresSaver's upsert does.
 if id == current then parent = known[5] end
 local count = #fields
-for i = 9, #record, 3 do
+for i = 9, #record, 4 do
   fields[count + 1], fields[count + 2] = 'v:' .. record[i], record[i + 1]
-  fields[count + 3], fields[count + 4] = 'b:' .. record[i], record[i + 2]
+  fields[count + 3], fields[count + 4] = 'b:' .. record[i], record[i + 3]
   count = count + 4
 end
 local head = {'g', generation, 'id', id, 'p', parent, 'c', record[6], 'm', record[7], 'k', record[8], 'x', ARGV[10],

@@ -22,8 +22,8 @@ end
 renew(hot, generation, true)
 if early ~= '' then redis.call('HSET', hot, 'u', early) end
 redis.call('HSET', hot, 'g', generation, 'id', id, 'p', record[5], 'c', record[6], 'm', record[7], 'k', record[8])
-for i = 9, #record, 3 do
-  redis.call('HSET', hot, 'v:' .. record[i], record[i + 1], 'b:' .. record[i], record[i + 2])
+for i = 9, #record, 4 do
+  redis.call('HSET', hot, 'v:' .. record[i], record[i + 1], 'b:' .. record[i], record[i + 3])
 end
 local count = 0
 for i = 7, #ARGV do
