@@ -53,11 +53,13 @@ SELECT thread_id FROM names ORDER BY thread_id"""
 
 # In the order in which versions are made. What a value's length is, PostgreSQL knows without reading it.
 LIST_VERSIONS = """
-SELECT checkpoint_ns, channel, version, '' AS base, octet_length(blob) AS size, 0 AS depth, 0 AS chain_bytes
-FROM checkpoint_blobs WHERE thread_id = %(thread)s AND blob IS NOT NULL
-UNION ALL
-SELECT checkpoint_ns, channel, version, base, size, depth, chain_bytes FROM tiered_deltas WHERE thread_id = %(thread)s
-ORDER BY checkpoint_ns, channel, version COLLATE "C\""""
+SELECT * FROM (
+    SELECT checkpoint_ns, channel, version, '' AS base, octet_length(blob) AS size, 0 AS depth, 0 AS chain_bytes
+    FROM checkpoint_blobs WHERE thread_id = %(thread)s AND blob IS NOT NULL
+    UNION ALL
+    SELECT checkpoint_ns, channel, version, base, size, depth, chain_bytes
+    FROM tiered_deltas WHERE thread_id = %(thread)s
+) AS stored ORDER BY checkpoint_ns, channel, version COLLATE "C\""""
 
 READ_TOMBSTONE = "SELECT tombstone FROM tiered_threads WHERE thread_id = %s"
 
