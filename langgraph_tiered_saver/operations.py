@@ -112,7 +112,7 @@ def put(
     new_versions: ChannelVersions,
 ) -> Operation[RunnableConfig]:
     """Acknowledge a checkpoint: one round trip, two when the parent is not hot."""
-    encoded = codec.encode_checkpoint(serde, config, checkpoint, metadata, new_versions)
+    encoded = codec.encode_checkpoint(serde, config, checkpoint, metadata, new_versions, runtime.recent)
     thread_id = encoded.position.thread_id
     if not runtime.ready:
         yield from ready(runtime)
@@ -131,7 +131,8 @@ def put(
         encoded.carry_every_channel()
         return encoded.record()
 
-    yield from _write(runtime, thread_id, call, record)
+    if (yield from _write(runtime, thread_id, call, record)):
+        encoded.remember(runtime.recent)
     runtime.counters.add("checkpoints")
     return encoded.position.config()
 
@@ -329,7 +330,7 @@ def get_tuple(runtime: Runtime, serde: SerializerProtocol, config: RunnableConfi
             found = yield from _get_by_id(runtime, hot, serde, position)
             return found
         (fields,) = yield hot.get(position.thread_id, position.checkpoint_ns)
-        tuple_ = codec.decode_hot(serde, position, _pairs(fields), hot.generation) if fields else None
+        tuple_ = codec.decode_hot(serde, position, _pairs(fields), hot.generation, runtime.recent) if fields else None
         if tuple_ is not None:
             runtime.counters.add("hot_hits")
             return tuple_

@@ -48,6 +48,7 @@ from langgraph_tiered_saver.hot import clients, tier
 from langgraph_tiered_saver.hot.clients import LoopClients, SyncRedis
 from langgraph_tiered_saver.hot.keys import Keyspace
 from langgraph_tiered_saver.leases import LeaseKeeper
+from langgraph_tiered_saver.recent import RecentValues
 from langgraph_tiered_saver.records import Record
 from langgraph_tiered_saver.stats import Counters, TieredStats
 
@@ -67,6 +68,7 @@ class Runtime:
         ready: The tiers were checked and set up.
         run_leases: The tokens of the threads whose run lease this process holds.
         leases: Takes, renews and gives up run leases.
+        recent: The values stored last, which deltas are made to.
         writer: Names what this process's memory holds.
         durable_channels: Writes to these return once PostgreSQL has them.
     """
@@ -100,6 +102,7 @@ class Runtime:
         self.pool = pool
         self.config = config
         self.backlog = Backlog(config)
+        self.recent = RecentValues(config.delta_memory_bytes)
         self.counters = Counters()
         self.executor = DaemonExecutor(config.postgres_pool_size, "langgraph-tiered-cold")
         self.pid = os.getpid()
