@@ -47,7 +47,7 @@ from langgraph_tiered_saver.records import (
     pack_value,
     unpack_value,
 )
-from langgraph_tiered_saver.values import JSON, NUL_ESCAPE, dump, encrypts, holds_nul, inlinable, is_json, storable
+from langgraph_tiered_saver.values import NUL_ESCAPE, dump, encrypts, holds_nul, inlinable, is_json, storable, to_json
 
 # Shorter values cost less to send than to compare.
 LEAST_DELTA_BASE = 4096
@@ -349,7 +349,7 @@ def _pending_writes(
 def _checkpoint_json(checkpoint: Checkpoint, inlined: dict[str, Any]) -> bytes:
     document = {**checkpoint, "channel_values": inlined}
     try:
-        text = JSON.encode(document).encode()
+        text = to_json(document)
     except UnicodeEncodeError as error:
         raise InvalidInputError(
             "A channel or node name holds a lone surrogate, which PostgreSQL cannot store; nothing was written."
@@ -368,7 +368,7 @@ def _checkpoint_json(checkpoint: Checkpoint, inlined: dict[str, Any]) -> bytes:
 def _metadata_json(config: RunnableConfig, metadata: CheckpointMetadata) -> bytes:
     document = get_serializable_checkpoint_metadata(config, metadata)
     try:
-        text = JSON.encode(document).encode()
+        text = to_json(document)
         if NUL_ESCAPE not in text or not holds_nul(document):
             return text
     except (UnicodeEncodeError, ValueError):
@@ -379,7 +379,7 @@ def _metadata_json(config: RunnableConfig, metadata: CheckpointMetadata) -> byte
             "Put such values into the state, or into metadata as text."
         ) from error
     try:
-        return JSON.encode(storable(document)).encode()
+        return to_json(storable(document))
     except (TypeError, ValueError) as error:
         raise SerializationError(
             f"The checkpoint's metadata cannot be written as JSON ({error}); nothing was written."

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from langgraph_tiered_saver.errors import HotTierRejectedError, HotTierUnavailableError, TieredSaverError
 from langgraph_tiered_saver.hot import tier
-from langgraph_tiered_saver.hot.tier import HotCall
+from langgraph_tiered_saver.hot.tier import HotCall, HotRead
 from langgraph_tiered_saver.operations import Blocking, Operation, Wait
 from langgraph_tiered_saver.runtime import Runtime
 
@@ -59,6 +59,8 @@ def _perform(runtime: Runtime, request: Any) -> Any:
     kind = type(request)
     if kind is HotCall:
         return tier.run(runtime.client, request)
+    if kind is HotRead:
+        return tier.read(runtime.client, request)
     if kind is Blocking:
         return request.work()
     if kind is Wait:
@@ -70,6 +72,8 @@ async def _aperform(runtime: Runtime, request: Any) -> Any:
     kind = type(request)
     if kind is HotCall:
         return await tier.arun(runtime.loops.current() or await runtime.loops.open(), request)
+    if kind is HotRead:
+        return await tier.aread(runtime.loops.current() or await runtime.loops.open(), request)
     if kind is Blocking:
         return await asyncio.wrap_future(runtime.executor.submit(request.work))
     if kind is Wait:

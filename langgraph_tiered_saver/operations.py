@@ -329,7 +329,7 @@ def get_tuple(runtime: Runtime, serde: SerializerProtocol, config: RunnableConfi
         if position.checkpoint_id:
             found = yield from _get_by_id(runtime, hot, serde, position)
             return found
-        (fields,) = yield hot.get(position.thread_id, position.checkpoint_ns)
+        fields = yield hot.get(position.thread_id, position.checkpoint_ns)
         tuple_ = codec.decode_hot(serde, position, _pairs(fields), hot.generation, runtime.recent) if fields else None
         if tuple_ is not None:
             runtime.counters.add("hot_hits")
@@ -353,7 +353,7 @@ def _pairs(flat: Sequence[bytes]) -> dict[bytes, bytes]:
 def _get_by_id(
     runtime: Runtime, hot: tier.HotCalls, serde: SerializerProtocol, position: ThreadPosition
 ) -> Operation[CheckpointTuple | None]:
-    fields, journal_length = yield hot.get(position.thread_id, position.checkpoint_ns, position.checkpoint_id)
+    fields, journal_length = yield hot.get_by_id(position.thread_id, position.checkpoint_ns, position.checkpoint_id)
     if fields:
         tuple_ = codec.decode_hot(serde, position, _pairs(fields), hot.generation)
         if tuple_ is not None:

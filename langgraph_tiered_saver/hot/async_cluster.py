@@ -13,7 +13,20 @@ from redis.commands import AsyncCoreCommands
 
 from langgraph_tiered_saver.errors import ConfigurationError
 from langgraph_tiered_saver.hot import options
-from langgraph_tiered_saver.hot.cluster import ERRORS, Site, add, alone, fill, first, flatten, learn, split, unit_of
+from langgraph_tiered_saver.hot.cluster import (
+    ERRORS,
+    Site,
+    add,
+    alone,
+    fill,
+    first,
+    flatten,
+    learn,
+    replies_of,
+    split,
+    unit_of,
+    unit_of_many,
+)
 from langgraph_tiered_saver.hot.slots import Address, Exchange, Refresh, Unit, deliver
 
 _Commands: Any = AsyncCoreCommands
@@ -32,6 +45,10 @@ class AsyncClusterClient(_Commands):  # type: ignore[misc]
     async def execute_command(self, *arguments: Any, **given: Any) -> Any:
         """Run a command that names a key; see `cluster.ClusterClient.execute_command` for the errors."""
         return first((await self.deliver([unit_of(arguments, given)]))[0])
+
+    async def exchange(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Send commands with keys of one slot in one round trip; see `lanes.LaneClient.exchange`."""
+        return replies_of((await self.deliver([unit_of_many(commands)]))[0])
 
     def pipeline(self, transaction: bool = False) -> AsyncClusterPipeline:
         """Collect commands that are sent in one round trip, to all masters at once."""

@@ -107,6 +107,10 @@ class ClusterClient(_Commands):  # type: ignore[misc]
         """
         return first(self.deliver([unit_of(arguments, given)])[0])
 
+    def exchange(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Send commands with keys of one slot in one round trip; see `lanes.LaneClient.exchange`."""
+        return replies_of(self.deliver([unit_of_many(commands)])[0])
+
     def pipeline(self, transaction: bool = False) -> ClusterPipeline:
         """Collect commands that are sent in one round trip for each master."""
         if transaction:
@@ -263,6 +267,19 @@ def unit_of(arguments: tuple[Any, ...], given: dict[str, Any]) -> Unit:
     if (slot := slot_of(arguments)) is None:
         raise redis.exceptions.RedisClusterException(f"{arguments[0]} names no key, so no server of the Cluster has it")
     return Unit(slot, [(arguments, given)])
+
+
+def unit_of_many(commands: Sequence[tuple[Any, ...]]) -> Unit:
+    """Make a unit of commands with keys of one slot; the replies come as the server gives them."""
+    return Unit(unit_of(commands[0], {}).slot, [(command, {}) for command in commands])
+
+
+def replies_of(result: Any) -> list[Any]:
+    """Give the replies of a unit, errors of single commands among them, or raise what kept it from the server."""
+    if isinstance(result, Exception):
+        raise result
+    replies: list[Any] = result
+    return replies
 
 
 def add(units: list[Unit], arguments: tuple[Any, ...], given: dict[str, Any]) -> None:
