@@ -39,6 +39,8 @@ _HELP = (
     "`python -m tests.benchmarks.soak` (whether memory stays flat for an hour)."
 )
 
+_WIDTH = 130  # of tables that no terminal shows
+
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 
@@ -75,7 +77,8 @@ def main(
         for name in only or BENCHMARKS:
             with stage.clean():
                 outcome.add(BENCHMARKS[name][0](stage))
-    show(outcome, Console())
+    output = Console()
+    show(outcome, output if output.is_terminal else Console(width=_WIDTH))
     if json_file is not None:
         json_file.write_text(json.dumps(as_json(outcome, {**described, "quick": quick, "seed": seed}), indent=1) + "\n")
     if plot_file is not None:

@@ -17,7 +17,7 @@ from langgraph.checkpoint.postgres.aio import AsyncPostgresSaver
 from psycopg.rows import dict_row
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
-from langgraph_tiered_saver import TieredSaver
+from langgraph_tiered_saver import TieredConfig, TieredSaver
 from tests.benchmarks.report import MEMORY, OURS, POSTGRES
 from tests.benchmarks.stage import Stage, Urls
 
@@ -29,7 +29,8 @@ PLAIN = "plainredis RedisSaver"
 VALKEY = "ValkeySaver (aws)"
 EVERYBODY = (MEMORY, OURS, POSTGRES, PLAIN, VALKEY)
 
-_POOL_SIZE = 10
+_POOL_SIZE = 10  # PostgreSQL's
+_REDIS_POOL_SIZE = TieredConfig().redis_pool_size  # as many for everybody
 _OPTIONS = {"autocommit": True, "prepare_threshold": 0, "row_factory": dict_row}
 _databases: WeakKeyDictionary[Saver, str] = WeakKeyDictionary()
 _PLAIN_DATABASE, _VALKEY_DATABASE = 1, 2  # of Redis
@@ -87,14 +88,17 @@ def open_savers(stage: Stage, stack: ExitStack, names: tuple[str, ...] = EVERYBO
         elif name == PLAIN:
             from langgraph_checkpoint_plainredis import RedisSaver
 
-            client = redis.Redis.from_url(urls.redis_database(_PLAIN_DATABASE), protocol=2)
-            savers[name] = RedisSaver(stack.enter_context(client))
+            url = urls.redis_database(_PLAIN_DATABASE)
+            # 64 graphs at once would be more than the 100 connections of the usual pool, which then raises.
+            pool = redis.BlockingConnectionPool.from_url(url, protocol=2, max_connections=_REDIS_POOL_SIZE)
+            savers[name] = RedisSaver(stack.enter_context(redis.Redis.from_pool(pool)))
         else:
             import valkey
             from langgraph_checkpoint_aws import ValkeySaver
 
-            peer = valkey.Valkey.from_url(urls.redis_database(_VALKEY_DATABASE))
-            savers[name] = ValkeySaver(stack.enter_context(peer))
+            url = urls.redis_database(_VALKEY_DATABASE)
+            peers = valkey.BlockingConnectionPool.from_url(url, max_connections=_REDIS_POOL_SIZE)
+            savers[name] = ValkeySaver(stack.enter_context(valkey.Valkey.from_pool(peers)))
     return savers
 
 
@@ -117,14 +121,16 @@ async def open_async_savers(
         elif name == PLAIN:
             from langgraph_checkpoint_plainredis import AsyncRedisSaver
 
-            client = aioredis.Redis.from_url(urls.redis_database(_PLAIN_DATABASE), protocol=2)
-            savers[name] = AsyncRedisSaver(await stack.enter_async_context(client))
+            url = urls.redis_database(_PLAIN_DATABASE)
+            pool = aioredis.BlockingConnectionPool.from_url(url, protocol=2, max_connections=_REDIS_POOL_SIZE)
+            savers[name] = AsyncRedisSaver(await stack.enter_async_context(aioredis.Redis.from_pool(pool)))
         else:
             import valkey.asyncio as aiovalkey
             from langgraph_checkpoint_aws import AsyncValkeySaver
 
-            peer = aiovalkey.Valkey.from_url(urls.redis_database(_VALKEY_DATABASE))
-            savers[name] = AsyncValkeySaver(await stack.enter_async_context(peer))
+            url = urls.redis_database(_VALKEY_DATABASE)
+            peers = aiovalkey.BlockingConnectionPool.from_url(url, max_connections=_REDIS_POOL_SIZE)
+            savers[name] = AsyncValkeySaver(await stack.enter_async_context(aiovalkey.Valkey.from_pool(peers)))
     return savers
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _CHUNK = 256 * 1024
 _PROBES = 200
+_CORRECTIONS = 3
 
 
 @dataclass
@@ -141,11 +142,13 @@ class Network:
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Urls:
-        with contextlib.ExitStack() as stack:
-            unhindered = self._open(stack, (0.0, 0.0))
-            cost = added_latency(self._urls, unhindered)
-        wanted = self._wanted
-        return self._open(self._stack, (max(0.0, wanted[0] - cost.redis), max(0.0, wanted[1] - cost.postgres)))
+        seconds = self._wanted
+        for _ in range(_CORRECTIONS):
+            with contextlib.ExitStack() as stack:
+                added = added_latency(self._urls, self._open(stack, seconds))
+            too_much = added.redis - self._wanted[0], added.postgres - self._wanted[1]
+            seconds = max(0.0, seconds[0] - too_much[0]), max(0.0, seconds[1] - too_much[1])
+        return self._open(self._stack, seconds)
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()

@@ -19,7 +19,7 @@ from tests.benchmarks.workload import USUAL_MESSAGES, State, agent_graph, new_th
 
 _STEPS = 100
 _GRAPHS = 64
-_STEPS_OF_MANY = 20
+_STEPS_OF_MANY = 10
 _REDIS_DELAY, _POSTGRES_DELAY = 0.0005, 0.005  # seconds added to each round trip
 _MODES = ("sync", "async")
 
@@ -99,7 +99,7 @@ def run_graph(stage: Stage) -> Outcome:
     """Measure a graph of 100 steps, in both durability modes."""
     outcome = Outcome()
     agent = _agent(stage, stage.pick(_STEPS, 20))
-    found = _whole_runs(stage, f"graph of {agent.steps} steps", agent, stage.pick(9, 2), _MODES)
+    found = _whole_runs(stage, f"{agent.steps}-step graph", agent, stage.pick(9, 2), _MODES)
     for measure, measurement in found.items():
         outcome.measurements.append(measurement)
         if measure.endswith(", sync"):
@@ -118,7 +118,7 @@ def run_concurrent(stage: Stage) -> Outcome:
     async def measure() -> Turns:
         async with AsyncExitStack() as stack:
             savers = await open_async_savers(stage, stack, EVERYBODY)
-            turns = Turns(stage, f"{count} graphs at once", list(savers), stage.pick(7, 2))
+            turns = Turns(stage, f"{count} graphs at once", list(savers), stage.pick(5, 1))
             for name in turns:
                 turns.record(name, {"steps": [await agent.many(savers[name], count)]})
                 await asettle(savers[name])
@@ -126,7 +126,7 @@ def run_concurrent(stage: Stage) -> Outcome:
 
     turns = asyncio.run(measure())
     measurement = Measurement(
-        f"{count} graphs at once, steps/s", "/s", turns.samples["steps"], more_is_better=True, in_plot=True
+        f"{count} graphs at once", "/s", turns.samples["steps"], more_is_better=True, in_plot=True
     )
     outcome.measurements.append(measurement)
     outcome.compare(measurement, POSTGRES, 2.2, at_least=True)
@@ -140,7 +140,7 @@ def run_network(stage: Stage) -> Outcome:
     agent = _agent(stage, stage.pick(_STEPS, 10))
     with Network(stage.urls, _REDIS_DELAY, _POSTGRES_DELAY) as urls:
         added = added_latency(stage.urls, urls)
-        found = _whole_runs(stage, f"with a network, {agent.steps} steps", agent, stage.pick(5, 1), ("sync",), urls)
+        found = _whole_runs(stage, f"{agent.steps} steps, network", agent, stage.pick(5, 1), ("sync",), urls)
     outcome.notes.append(
         f"The network adds {added.redis * 1e3:.2f} ms to a round trip to Redis and {added.postgres * 1e3:.2f} ms "
         "to one to PostgreSQL (measured; wanted: 0.50 and 5.00)."

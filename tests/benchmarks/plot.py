@@ -77,7 +77,6 @@ def _panel(axis: Any, panel: Measurement, contestants: list[str], *, labels: boo
     axis.invert_yaxis()
     axis.tick_params(axis="x", labelsize=6, length=2)
     axis.tick_params(axis="y", length=0)
-    title = panel.name.replace(", steps/s", "")
-    axis.set_title(title, fontsize=8, loc="left")
+    axis.set_title(panel.name, fontsize=8, loc="left")
     for side in ("top", "right", "left"):
         axis.spines[side].set_visible(False)

@@ -135,14 +135,16 @@ class Turns:
 
 
 @contextlib.contextmanager
-def open_stage(console: Console, *, quick: bool, seed: int) -> Iterator[Stage]:
-    """Start servers of this run's own, with progress bars on a console."""
+def open_stage(console: Console, *, quick: bool, seed: int, progress: bool = True) -> Iterator[Stage]:
+    """Start servers of this run's own, with progress bars on a console unless the caller shows its own."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="tiered-bench-", ignore_cleanup_errors=True))
         servers = stack.enter_context(EmbeddedServers.start(f"{folder}/servers"))
-        progress = stack.enter_context(Progress(*columns, console=console))
-        yield Stage(servers, progress, quick=quick, seed=seed)
+        bars = Progress(*columns, console=console)
+        if progress:
+            stack.enter_context(bars)
+        yield Stage(servers, bars, quick=quick, seed=seed)
 
 
 def about() -> dict[str, Any]:
