@@ -216,6 +216,13 @@ def encode_checkpoint(
     )
 
 
+def last_size(config: RunnableConfig, new_versions: ChannelVersions, recent: RecentValues) -> int:
+    """Give the bytes that some channels' last values took, as far as they are known."""
+    at = config.get("configurable") or {}
+    keys = (ChannelKey(at.get("thread_id", ""), at.get("checkpoint_ns", ""), channel) for channel in new_versions)
+    return sum(len(last.data) for key in keys if (last := recent.get(key)) is not None)
+
+
 def may_be_base(version: str, data: bytes) -> bool:
     """Tell whether deltas may be made to a value: it is long enough, and stored once only under its version."""
     return len(data) >= LEAST_DELTA_BASE and _MADE_ONCE.fullmatch(version) is not None

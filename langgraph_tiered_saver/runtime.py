@@ -55,6 +55,7 @@ from langgraph_tiered_saver.stats import Counters, TieredStats
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+_COMPUTING_THREADS = 2  # more would only fight for the interpreter
 _CONFLICT_PAUSE = (0.005, 0.05)  # seconds
 _SAME_OUTAGE = 60.0  # seconds between two such writes that belong to one outage
 _OPENING_STEP = 0.01  # seconds between two steps towards a trusted generation when a process begins
@@ -105,6 +106,7 @@ class Runtime:
         self.recent = RecentValues(config.delta_memory_bytes)
         self.counters = Counters()
         self.executor = DaemonExecutor(config.postgres_pool_size, "langgraph-tiered-cold")
+        self.computing = DaemonExecutor(_COMPUTING_THREADS, "langgraph-tiered-computing")
         self.pid = os.getpid()
         self.ready = False
         self.closed = False
@@ -461,6 +463,7 @@ class Runtime:
         self.drain(self.config.close_timeout)
         self.pool.close()
         self.executor.shutdown()
+        self.computing.shutdown()
         self.loops.close_others()
         self.client.close()
 
