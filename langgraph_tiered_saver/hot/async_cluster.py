@@ -22,6 +22,7 @@ from langgraph_tiered_saver.hot.cluster import (
     first,
     flatten,
     learn,
+    plain_commands,
     replies_of,
     split,
     unit_of,
@@ -59,6 +60,7 @@ class AsyncClusterClient(_Commands):  # type: ignore[misc]
     async def reconnect(self) -> None:
         """Close the idle connections."""
         for node in list(self._nodes.values()):
+            await node.retire()
             await node.connection_pool.disconnect(inuse_connections=False)
 
     async def aclose(self) -> None:
@@ -93,6 +95,8 @@ class AsyncClusterClient(_Commands):  # type: ignore[misc]
     async def _send(self, address: Address, part: Sequence[tuple[Unit, bool]]) -> list[list[Any]] | Exception:
         node = self._node(address)
         try:
+            if (plain := plain_commands(part)) is not None:
+                return [(await node.exchange(plain))[len(plain) - len(part[0][0].commands) :]]
             if (command := alone(part)) is not None:
                 try:
                     return [[await node.execute_command(*command[0], **command[1])]]
@@ -158,6 +162,7 @@ class AsyncClusterClient(_Commands):  # type: ignore[misc]
         for address in [address for address in self._nodes if address not in masters]:
             node = self._nodes.pop(address)
             self._former.append(node)
+            await node.retire()
             await node.connection_pool.disconnect(inuse_connections=False)
 
 

@@ -282,10 +282,21 @@ class _Lane(asyncio.Protocol):
 _NOTHING = object()
 
 
+# Those that something depends on here; of the others the text is enough.
+_REFUSALS: dict[str, type[redis.ResponseError]] = {
+    "ASK": redis.exceptions.AskError,
+    "CLUSTERDOWN": redis.exceptions.ClusterDownError,
+    "MASTERDOWN": redis.exceptions.MasterDownError,
+    "MOVED": redis.exceptions.MovedError,
+    "NOPERM": redis.exceptions.NoPermissionError,
+    "NOSCRIPT": redis.exceptions.NoScriptError,
+    "READONLY": redis.exceptions.ReadOnlyError,
+    "TRYAGAIN": redis.exceptions.TryAgainError,
+}
+
+
 def _refusal(text: str) -> redis.ResponseError:
-    """Make an error of a refusal, whose first word says what it is."""
-    if text.startswith("NOSCRIPT"):
-        return redis.exceptions.NoScriptError(text)
-    if text.startswith("READONLY"):
-        return redis.exceptions.ReadOnlyError(text)
-    return redis.ResponseError(text)
+    """Make an error of a refusal, whose first word says what it is; redis-py's classes do without that word."""
+    word, _, rest = text.partition(" ")
+    kind = _REFUSALS.get(word)
+    return redis.ResponseError(text) if kind is None else kind(rest)
