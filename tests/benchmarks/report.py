@@ -187,6 +187,12 @@ def _verdict(holds: bool | None) -> str:
     return {True: "[green]holds[/]", False: "[red]missed[/]", None: "[yellow]–[/]"}[holds]  # noqa: RUF001
 
 
+def _low_decile(rounds: Sequence[Sequence[float]]) -> float:
+    """What one of ten samples stays below: nearly undisturbed, where a machine is busy."""
+    values = [value for found in rounds for value in found]
+    return statistics.quantiles(values, n=10, method="inclusive")[0] if len(values) > 1 else sum(values)
+
+
 def as_json(outcome: Outcome, about: Mapping[str, Any]) -> dict[str, Any]:
     """Give everything as plain data; values are in seconds, bytes or 1/s."""
     return {
@@ -201,6 +207,7 @@ def as_json(outcome: Outcome, about: Mapping[str, Any]) -> dict[str, Any]:
                     name: [statistics.median(found) for found in rounds if found]
                     for name, rounds in measurement.rounds.items()
                 },
+                "low_deciles": {name: _low_decile(rounds) for name, rounds in measurement.rounds.items()},
                 "samples": {name: sum(map(len, rounds)) for name, rounds in measurement.rounds.items()},
             }
             for measurement in outcome.measurements
