@@ -187,10 +187,12 @@ def _verdict(holds: bool | None) -> str:
     return {True: "[green]holds[/]", False: "[red]missed[/]", None: "[yellow]–[/]"}[holds]  # noqa: RUF001
 
 
-def _low_decile(rounds: Sequence[Sequence[float]]) -> float:
-    """What one of ten samples stays below: nearly undisturbed, where a machine is busy."""
-    values = [value for found in rounds for value in found]
-    return statistics.quantiles(values, n=10, method="inclusive")[0] if len(values) > 1 else sum(values)
+def _best_decile(measurement: Measurement, contestant: str) -> float:
+    """What one of ten samples is better than: nearly undisturbed, where a machine is busy."""
+    values = [value for found in measurement.rounds[contestant] for value in found]
+    if len(values) < 2:
+        return sum(values)
+    return statistics.quantiles(values, n=10, method="inclusive")[-1 if measurement.more_is_better else 0]
 
 
 def as_json(outcome: Outcome, about: Mapping[str, Any]) -> dict[str, Any]:
@@ -207,7 +209,7 @@ def as_json(outcome: Outcome, about: Mapping[str, Any]) -> dict[str, Any]:
                     name: [statistics.median(found) for found in rounds if found]
                     for name, rounds in measurement.rounds.items()
                 },
-                "low_deciles": {name: _low_decile(rounds) for name, rounds in measurement.rounds.items()},
+                "best_deciles": {name: _best_decile(measurement, name) for name in measurement.rounds},
                 "samples": {name: sum(map(len, rounds)) for name, rounds in measurement.rounds.items()},
             }
             for measurement in outcome.measurements
