@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -39,6 +40,7 @@ _HELP = (
     "`python -m tests.benchmarks.soak` (whether memory stays flat for an hour)."
 )
 
+_QUIET = 0.9
 _WIDTH = 130  # of tables that no terminal shows
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
@@ -77,6 +79,13 @@ def main(
         for name in only or BENCHMARKS:
             with stage.clean():
                 outcome.add(BENCHMARKS[name][0](stage))
+        outcome.notes += stage.notes
+        described |= {"share_of_a_core": stage.share, "load_average_after": os.getloadavg()[0]}
+        if stage.share < _QUIET:
+            outcome.notes.append(
+                f"A busy thread got {stage.share:.0%} of a core: the machine did other things meanwhile, which costs "
+                "those most who wait for other processes. Ratios of a quieter run are better ones."
+            )
     output = Console()
     show(outcome, output if output.is_terminal else Console(width=_WIDTH))
     if json_file is not None:
