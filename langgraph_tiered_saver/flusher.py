@@ -21,10 +21,12 @@ import psycopg
 from langgraph_tiered_saver import crash_points
 from langgraph_tiered_saver.backlog import Backlog, Plan
 from langgraph_tiered_saver.cold import maintenance, writer
+from langgraph_tiered_saver.cold.materialize import Weigher
 from langgraph_tiered_saver.cold.pool import ColdPool, Connection, is_missing_schema, is_passing, is_poison
 from langgraph_tiered_saver.cold.quarantine import reason_of
 from langgraph_tiered_saver.cold.writer import Journaled, ThreadRecords, Written
 from langgraph_tiered_saver.config import TieredConfig
+from langgraph_tiered_saver.deltas import BrokenDeltaError
 from langgraph_tiered_saver.errors import (
     ColdTierUnavailableError,
     HotTierUnavailableError,
@@ -35,6 +37,7 @@ from langgraph_tiered_saver.errors import (
 from langgraph_tiered_saver.health import Health
 from langgraph_tiered_saver.hot import tier
 from langgraph_tiered_saver.hot.clients import SyncRedis
+from langgraph_tiered_saver.recent import RecentValues
 from langgraph_tiered_saver.records import MaintenanceRecord, decode
 from langgraph_tiered_saver.stats import Counters
 
@@ -52,6 +55,10 @@ _SWEEP_THREADS = 256  # most orphans taken from one shard at once
 _MAINTENANCE_STATEMENTS = 10  # how many times the time-out of a statement a delete or prune may take in all
 _LEAST_READ = 64 * 1024  # bytes read from each of many journals at once
 _UNREADABLE = "unreadable"
+# Transactions in a row for one thread's records, whose deltas may come to much more than they are; then others' turn.
+_MOST_RUNS = 16
+# What is wrong with a record rather than with a server.
+_REFUSALS = (psycopg.Error, UnicodeError, BrokenDeltaError)
 
 
 @dataclass
@@ -79,6 +86,19 @@ class _Work:
 _Run = tuple[_Work, list[Journaled]]
 
 
+@dataclass
+class _Round:
+    """What goes into one transaction, beside maintenance records, which are transactions of their own.
+
+    Attributes:
+        runs: At most one of each thread.
+        bytes: What PostgreSQL has to take.
+    """
+
+    runs: list[_Run] = field(default_factory=list)
+    bytes: int = 0
+
+
 class Flusher:
     """Flushes, adopts and sweeps, in a thread of its own that starts with the first work."""
 
@@ -101,6 +121,7 @@ class Flusher:
         self._counters = counters
         self._health = health
         self._repair_schema = repair_schema
+        self._recent = RecentValues(config.delta_memory_bytes)
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
         self._stopping = threading.Event()
@@ -312,12 +333,13 @@ class Flusher:
         return works
 
     def _batches(self, works: Sequence[_Work]) -> list[list[_Run]]:
-        """Decode, and cut into transactions: a maintenance record is one of its own."""
-        rounds: list[list[_Run]] = [[]]
+        """Decode, and cut into transactions: bounded in what PostgreSQL has to take, a maintenance record by itself."""
+        rounds: list[_Round] = []
         for work in works:
             run: list[Journaled] = []
-            depth = 0
-            for sequence, payload in work.records:
+            depth = runs = size = 0
+            weigher = Weigher(self._config.storage)
+            for number, (sequence, payload) in enumerate(work.records):
                 try:
                     generation, record = decode(payload)
                 except ValueError as error:
@@ -325,22 +347,33 @@ class Flusher:
                     # is taken for the newest, so that no tombstone makes it vanish.
                     generation, record = sys.maxsize, MaintenanceRecord(_UNREADABLE, {"reason": reason_of(error)})
                 item = Journaled(sequence, generation, record, payload)
-                if isinstance(record, MaintenanceRecord):
-                    if run:
-                        depth = self._place(rounds, depth, work, run)
-                        run = []
-                    depth = self._place(rounds, depth, work, [item])
+                maintains = isinstance(record, MaintenanceRecord)
+                weight = 0 if maintains else weigher.weigh(record, payload)
+                if run and (maintains or size + weight > self._config.flush_max_bytes):
+                    depth = self._place(rounds, depth, work, run, size)
+                    run, size, runs = [], 0, runs + 1
+                    if runs == _MOST_RUNS:
+                        _leave(work, number)
+                        break
+                    weigher = Weigher(self._config.storage)
+                    weight = 0 if maintains else weigher.weigh(record, payload)
+                if maintains:
+                    depth = self._place(rounds, depth, work, [item], 0)
                 else:
                     run.append(item)
+                    size += weight
             if run or not work.records:
-                self._place(rounds, depth, work, run)
-        return [batch for batch in rounds if batch]
+                self._place(rounds, depth, work, run, size)
+        return [one.runs for one in rounds]
 
-    @staticmethod
-    def _place(rounds: list[list[_Run]], depth: int, work: _Work, run: list[Journaled]) -> int:
-        while len(rounds) <= depth:
-            rounds.append([])
-        rounds[depth].append((work, run))
+    def _place(self, rounds: list[_Round], depth: int, work: _Work, run: list[Journaled], size: int) -> int:
+        """Put a run into the first transaction, from a depth on, that has room; give the depth behind it."""
+        while depth < len(rounds) and rounds[depth].bytes + size > self._config.flush_max_bytes:
+            depth += 1
+        if depth == len(rounds):
+            rounds.append(_Round())
+        rounds[depth].runs.append((work, run))
+        rounds[depth].bytes += size
         return depth + 1
 
     def _write(self, batch: Sequence[_Run]) -> None:
@@ -354,11 +387,9 @@ class Flusher:
 
     def _write_rows(self, batch: Sequence[_Run]) -> None:
         """Write a batch; if a record of it is refused for good, write the threads one by one."""
-        entries = [self._entry(work, run) for work, run in batch]
-        timeout = self._config.postgres_statement_timeout
         try:
-            written = self._transaction(lambda c: writer.write(c, entries, statement_timeout=timeout))
-        except (psycopg.Error, UnicodeError) as error:
+            written = self._write_entries([self._entry(work, run) for work, run in batch])
+        except _REFUSALS as error:
             self._raise_if_passing(error)
             if len(batch) > 1:
                 for one in batch:
@@ -370,18 +401,30 @@ class Flusher:
         self._done([(w, run, _refusal(w) if w.plan.thread_id in written.diverted else None) for w, run in batch])
         self._look_out(batch, written)
 
+    def _write_entries(self, entries: Sequence[ThreadRecords]) -> Written:
+        written = self._transaction(
+            lambda c: writer.write(
+                c,
+                entries,
+                statement_timeout=self._config.postgres_statement_timeout,
+                storage=self._config.storage,
+                recent=self._recent,
+            )
+        )
+        if written.lost:
+            self._counters.add("lost_records", written.lost)
+        return written
+
     def _write_until_refused(self, work: _Work, run: list[Journaled], error: Exception) -> None:
         """Write a thread's records one by one up to the one that is refused; set that and the later ones aside."""
-        timeout = self._config.postgres_statement_timeout
         at = 0
         diverted = False
         if len(run) > 1:
             for at, item in enumerate(run):  # noqa: B007 - where it ends is what is wanted
-                one = [self._entry(work, [item])]
                 try:
-                    written = self._transaction(lambda c, one=one: writer.write(c, one, statement_timeout=timeout))  # type: ignore[misc]
+                    written = self._write_entries([self._entry(work, [item])])
                     diverted = diverted or bool(written.diverted)
-                except (psycopg.Error, UnicodeError) as refused:
+                except _REFUSALS as refused:
                     self._raise_if_passing(refused)
                     error = refused
                     break
@@ -539,6 +582,15 @@ class Flusher:
                 len(work.lost),
                 work.plan.thread_id,
             )
+
+
+def _leave(work: _Work, number: int) -> None:
+    """Leave a thread's records from one on to the next flush."""
+    first = work.records[number][0]
+    del work.records[number:]
+    work.more = work.plan.read_journal
+    work.missing = [sequence for sequence in work.missing if sequence < first]
+    work.lost = [sequence for sequence in work.lost if sequence < first]
 
 
 def _refusal(work: _Work) -> ThreadQuarantinedError:

@@ -188,7 +188,8 @@ class Runtime:
     def _shards(self, meta: dict[str, str], hot_error: HotTierUnavailableError | None, *, explicit: bool) -> int:
         """Give the recorded number of shards, and set up what is missing."""
         try:
-            recorded = self.pool.run(schema.recorded, probing=True)
+            storage = self.config.storage
+            recorded = self.pool.run(lambda connection: schema.recorded(connection, storage), probing=True)
             if recorded is None or explicit:
                 if not (explicit or self.config.auto_setup):
                     raise ConfigurationError(
@@ -351,6 +352,7 @@ class Runtime:
                         thread_id,
                         shard_of=self.calls.keyspace.shard_of,
                         statement_timeout=self.config.postgres_statement_timeout,
+                        storage=self.config.storage,
                     )
                 )
             except ColdTierRejectedError as error:
