@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from langgraph_tiered_saver.config import TieredConfig
 from langgraph_tiered_saver.errors import TieredSaverError
@@ -23,8 +24,7 @@ _REMEMBERED_THREADS = 10_000
 Ticket = Future[None]
 
 
-@dataclass(order=True)
-class Entry:
+class Entry(NamedTuple):
     """One acknowledged record.
 
     Attributes:
@@ -38,12 +38,16 @@ class Entry:
     """
 
     sequence: int
-    previous: int = field(compare=False)
-    size: int = field(compare=False)
-    payload: bytes | None = field(compare=False, repr=False)
-    generation: int = field(compare=False)
-    maintains: bool = field(compare=False)
-    acknowledged: float = field(compare=False)
+    previous: int
+    size: int
+    payload: bytes | None
+    generation: int
+    maintains: bool
+    acknowledged: float
+
+
+def _sequence_of(entry: Entry) -> int:
+    return entry.sequence
 
 
 @dataclass
@@ -191,7 +195,10 @@ class Backlog:
             queue = self._queue(thread_id)
             keep = self._memory + size <= self._config.max_memory_bytes
             entry = Entry(sequence, previous, size, payload if keep else None, generation, maintains, time.monotonic())
-            insort(queue.entries, entry)
+            if not queue.entries or queue.entries[-1].sequence < sequence:
+                queue.entries.append(entry)
+            else:
+                insort(queue.entries, entry, key=_sequence_of)
             self._records += 1
             self._bytes += size
             self._memory += size if keep else 0
@@ -373,7 +380,7 @@ class Backlog:
             queue = self._queues.get(thread_id)
             if queue is None:
                 return 0
-            count = bisect_right(queue.entries, up_to, key=lambda entry: entry.sequence)
+            count = bisect_right(queue.entries, up_to, key=_sequence_of)
             for entry in queue.entries[:count]:
                 self._release(entry)
             del queue.entries[:count]

@@ -9,6 +9,7 @@ reader merges them.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,7 @@ from langgraph.checkpoint.base import (
 from langgraph.checkpoint.serde.base import SerializerProtocol
 from langgraph.checkpoint.serde.types import _DeltaSnapshot
 
+from langgraph_tiered_saver import deltas
 from langgraph_tiered_saver.errors import InvalidInputError, SerializationError
 from langgraph_tiered_saver.names import (
     ThreadPosition,
@@ -35,8 +37,22 @@ from langgraph_tiered_saver.names import (
     text_of,
     version_text,
 )
-from langgraph_tiered_saver.records import Blob, CheckpointRecord, WritesRecord, pack_value, unpack_value
-from langgraph_tiered_saver.values import JSON, NUL_ESCAPE, dump, encrypts, holds_nul, inlinable, is_json, storable
+from langgraph_tiered_saver.recent import ChannelKey, RecentValues, StoredValue
+from langgraph_tiered_saver.records import (
+    FRESH,
+    Blob,
+    CheckpointRecord,
+    TypedValue,
+    WritesRecord,
+    pack_value,
+    unpack_value,
+)
+from langgraph_tiered_saver.values import NUL_ESCAPE, dump, encrypts, holds_nul, inlinable, is_json, storable, to_json
+
+# Shorter values cost less to send than to compare.
+LEAST_DELTA_BASE = 4096
+# Versions that are made once, with a random part: bytes that were stored under one are the only ones that ever are.
+_MADE_ONCE = re.compile(r"\d{32}\.0\.\d{8,}")
 
 # From this checkpoint format on, pending sends are an ordinary channel; the library's reader migrates older ones.
 FORMAT_WITH_SENDS = 4
@@ -55,6 +71,7 @@ class EncodedCheckpoint:
         unchanged: The other blob-stored channels: `(channel, version)`, their values not serialized.
         removed: Changed channels that have no blob now.
         blob_count: How many blobs a complete checkpoint has.
+        stored: What may be the base of deltas, once it is acknowledged.
         has_delta_channels: The graph has a `DeltaChannel`, whose value is not in every checkpoint.
         is_old_format: The parent's writes may hold pending sends that belong to this checkpoint.
     """
@@ -67,6 +84,7 @@ class EncodedCheckpoint:
     unchanged: list[tuple[str, str]]
     removed: list[str]
     blob_count: int
+    stored: dict[str, StoredValue]
     has_delta_channels: bool
     is_old_format: bool
     _serde: SerializerProtocol
@@ -86,16 +104,28 @@ class EncodedCheckpoint:
         )
 
     def carry_every_channel(self) -> None:
-        """Serialize the unchanged channels too.
+        """Serialize the unchanged channels too, and carry whole values instead of deltas.
 
         Raises:
             SerializationError: the serializer cannot take one of them.
         """
-        self.blobs = self.blobs + [
+        # What is serialized again may be other bytes than those stored before, so it is no base for deltas.
+        self.blobs = [self._whole(blob) for blob in self.blobs] + [
             Blob(channel, version, pack_value(dump(self._serde, channel, self._values[channel])))
             for channel, version in self.unchanged
         ]
         self.unchanged = []
+
+    def _whole(self, blob: Blob) -> Blob:
+        if not blob.is_delta:
+            return blob
+        stored = self.stored[blob.channel]
+        return Blob(blob.channel, blob.version, pack_value((stored.type, stored.data)), FRESH)
+
+    def remember(self, recent: RecentValues) -> None:
+        """Keep the values that the next step's deltas are made to; to be called when this one is acknowledged."""
+        for channel, value in self.stored.items():
+            recent.put(ChannelKey(self.position.thread_id, self.position.checkpoint_ns, channel), value)
 
 
 def encode_checkpoint(
@@ -104,8 +134,17 @@ def encode_checkpoint(
     checkpoint: Checkpoint,
     metadata: CheckpointMetadata,
     new_versions: ChannelVersions,
+    recent: RecentValues | None = None,
 ) -> EncodedCheckpoint:
     """Encode the arguments of `put`; serializes the changed channels only.
+
+    Args:
+        serde: The serializer.
+        config: Addresses the parent.
+        checkpoint: The checkpoint.
+        metadata: Its metadata.
+        new_versions: The changed channels.
+        recent: The values stored last, which deltas are made to; None for whole values.
 
     Raises:
         InvalidInputError: no thread_id, or a name that cannot be stored.
@@ -127,7 +166,8 @@ def encode_checkpoint(
     blobs: list[Blob] = []
     unchanged: list[tuple[str, str]] = []
     blob_count = 0
-    stored = set()
+    with_value = set()
+    stored: dict[str, StoredValue] = {}
     for channel, value in values.items():
         if isinstance(value, _DeltaSnapshot):
             # The marker that the library's reader and prune recognise a snapshot by.
@@ -145,15 +185,20 @@ def encode_checkpoint(
                     raise
                 inlined[channel] = value
                 continue
-            blobs.append(Blob(channel, version, pack_value(typed)))
-            stored.add(channel)
+            if inline and recent is not None and may_be_base(version, typed[1]):
+                last = recent.get(ChannelKey(parent.thread_id, parent.checkpoint_ns, channel))
+                stored[channel] = StoredValue(version, *typed)
+                blobs.append(_delta_or_whole(channel, version, typed, last))
+            else:
+                blobs.append(Blob(channel, version, pack_value(typed)))
+            with_value.add(channel)
             blob_count += channel in versions and version_text(versions[channel]) == version
         elif channel in versions:
             unchanged.append((channel, version_text(versions[channel])))
             blob_count += 1
         elif inline and isinstance(value, (str, int, float)) and is_json(value):
             inlined[channel] = value
-    removed = [channel for channel in new_versions if channel not in stored]
+    removed = [channel for channel in new_versions if channel not in with_value]
     return EncodedCheckpoint(
         ThreadPosition(parent.thread_id, parent.checkpoint_ns, checkpoint_id),
         parent.checkpoint_id,
@@ -163,11 +208,33 @@ def encode_checkpoint(
         unchanged,
         removed,
         blob_count,
+        stored,
         "counters_since_delta_snapshot" in metadata,
         checkpoint["v"] < FORMAT_WITH_SENDS,
         serde,
         values,
     )
+
+
+def last_size(config: RunnableConfig, new_versions: ChannelVersions, recent: RecentValues) -> int:
+    """Give the bytes that some channels' last values took, as far as they are known."""
+    at = config.get("configurable") or {}
+    keys = (ChannelKey(at.get("thread_id", ""), at.get("checkpoint_ns", ""), channel) for channel in new_versions)
+    return sum(len(last.data) for key in keys if (last := recent.get(key)) is not None)
+
+
+def may_be_base(version: str, data: bytes) -> bool:
+    """Tell whether deltas may be made to a value: it is long enough, and stored once only under its version."""
+    return len(data) >= LEAST_DELTA_BASE and _MADE_ONCE.fullmatch(version) is not None
+
+
+def _delta_or_whole(channel: str, version: str, typed: TypedValue, last: StoredValue | None) -> Blob:
+    """Describe a value by what it adds to the last one, if that is known and spares enough."""
+    if last is not None and last.type == typed[0] and last.version != version:
+        delta = deltas.diff(last.data, typed[1])
+        if delta is not None:
+            return Blob(channel, version, pack_value((typed[0], delta)), last.version)
+    return Blob(channel, version, pack_value(typed), FRESH)
 
 
 def encode_writes(
@@ -206,9 +273,20 @@ def encode_writes(
 
 
 def decode_hot(
-    serde: SerializerProtocol, position: ThreadPosition, fields: Mapping[bytes, bytes], generation: int
+    serde: SerializerProtocol,
+    position: ThreadPosition,
+    fields: Mapping[bytes, bytes],
+    generation: int,
+    recent: RecentValues | None = None,
 ) -> CheckpointTuple | None:
     """Make a tuple of a hot hash's fields.
+
+    Args:
+        serde: The serializer.
+        position: Thread and namespace.
+        fields: The hash.
+        generation: The generation it must be of.
+        recent: Takes the values that the next step's deltas can be made to.
 
     Returns:
         None if the hash does not hold a complete checkpoint of this generation, so that the cold tier must be asked.
@@ -226,8 +304,16 @@ def decode_hot(
     found = 0
     for channel, version in checkpoint["channel_versions"].items():
         key = channel.encode()
-        if fields.get(b"v:" + key) == version_text(version).encode():
-            values[channel] = serde.loads_typed(unpack_value(fields[b"b:" + key]))
+        text = version_text(version)
+        if fields.get(b"v:" + key) == text.encode():
+            try:
+                typed = _hot_value(fields, key)
+            except (LookupError, ValueError):
+                return None
+            if recent is not None and b"d:" + key in fields:
+                last = ChannelKey(position.thread_id, position.checkpoint_ns, channel)
+                recent.put(last, StoredValue(text, *typed))
+            values[channel] = serde.loads_typed(typed)
             found += 1
     # More than were counted is right too: a delta channel's last snapshot, which PostgresSaver's reader shows as well.
     if found < blob_count:
@@ -241,6 +327,16 @@ def decode_hot(
         ThreadPosition(at.thread_id, at.checkpoint_ns, parent_id).config() if parent_id else None,
         _pending_writes(serde, checkpoint_id, fields),
     )
+
+
+def _hot_value(fields: Mapping[bytes, bytes], channel: bytes) -> TypedValue:
+    """Put a channel's value and its deltas together."""
+    type_, base = unpack_value(fields[b"b:" + channel])
+    count = int(fields.get(b"d:" + channel, b"0").partition(b" ")[0])
+    if count:
+        added = [unpack_value(fields[b"s:%b\0%d" % (channel, i)])[1] for i in range(1, count + 1)]
+        return type_, deltas.fold(base, added)
+    return type_, base
 
 
 def _pending_writes(
@@ -260,7 +356,7 @@ def _pending_writes(
 def _checkpoint_json(checkpoint: Checkpoint, inlined: dict[str, Any]) -> bytes:
     document = {**checkpoint, "channel_values": inlined}
     try:
-        text = JSON.encode(document).encode()
+        text = to_json(document)
     except UnicodeEncodeError as error:
         raise InvalidInputError(
             "A channel or node name holds a lone surrogate, which PostgreSQL cannot store; nothing was written."
@@ -279,7 +375,7 @@ def _checkpoint_json(checkpoint: Checkpoint, inlined: dict[str, Any]) -> bytes:
 def _metadata_json(config: RunnableConfig, metadata: CheckpointMetadata) -> bytes:
     document = get_serializable_checkpoint_metadata(config, metadata)
     try:
-        text = JSON.encode(document).encode()
+        text = to_json(document)
         if NUL_ESCAPE not in text or not holds_nul(document):
             return text
     except (UnicodeEncodeError, ValueError):
@@ -290,7 +386,7 @@ def _metadata_json(config: RunnableConfig, metadata: CheckpointMetadata) -> byte
             "Put such values into the state, or into metadata as text."
         ) from error
     try:
-        return JSON.encode(storable(document)).encode()
+        return to_json(storable(document))
     except (TypeError, ValueError) as error:
         raise SerializationError(
             f"The checkpoint's metadata cannot be written as JSON ({error}); nothing was written."

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 from langgraph_tiered_saver.errors import HotTierRejectedError, HotTierUnavailableError, TieredSaverError
 from langgraph_tiered_saver.hot import tier
-from langgraph_tiered_saver.hot.tier import HotCall
-from langgraph_tiered_saver.operations import Blocking, Operation, Wait
+from langgraph_tiered_saver.hot.tier import HotCall, HotRead
+from langgraph_tiered_saver.operations import Blocking, Compute, Operation, Wait
 from langgraph_tiered_saver.runtime import Runtime
 
 T = TypeVar("T")
@@ -59,7 +59,9 @@ def _perform(runtime: Runtime, request: Any) -> Any:
     kind = type(request)
     if kind is HotCall:
         return tier.run(runtime.client, request)
-    if kind is Blocking:
+    if kind is HotRead:
+        return tier.read(runtime.client, request)
+    if kind is Blocking or kind is Compute:
         return request.work()
     if kind is Wait:
         return _wait(request)
@@ -70,8 +72,13 @@ async def _aperform(runtime: Runtime, request: Any) -> Any:
     kind = type(request)
     if kind is HotCall:
         return await tier.arun(runtime.loops.current() or await runtime.loops.open(), request)
+    if kind is HotRead:
+        return await tier.aread(runtime.loops.current() or await runtime.loops.open(), request)
     if kind is Blocking:
         return await asyncio.wrap_future(runtime.executor.submit(request.work))
+    if kind is Compute:
+        # Not behind calls that wait for PostgreSQL.
+        return await asyncio.wrap_future(runtime.computing.submit(request.work))
     if kind is Wait:
         return await _await(request)
     raise TypeError(f"not a request: {request!r}")

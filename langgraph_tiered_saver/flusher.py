@@ -47,6 +47,9 @@ T = TypeVar("T")
 
 _BACKOFF_FIRST = 0.1
 _BACKOFF_LAST = 5.0
+_REST = 4  # how much longer than the last flush the flusher rests while records keep coming
+_LONGEST_LINGER = 0.1  # seconds
+_QUIET = 0.25  # seconds without a flush after which the next one is soon
 _WITHOUT_JOURNAL = 0.1  # seconds between two looks at a backlog that cannot be flushed from memory
 _SWEEP_THREADS = 256  # most orphans taken from one shard at once
 _MAINTENANCE_STATEMENTS = 10  # how many times the time-out of a statement a delete or prune may take in all
@@ -125,6 +128,8 @@ class Flusher:
         self._draining = False
         self._next_sweep = 0.0
         self._has_swept = False
+        self._took = 0.0
+        self._ended = float("-inf")
         self._backoff = 0.0
         self._failing_since: float | None = None
         self.healthy = True
@@ -194,18 +199,32 @@ class Flusher:
         else:
             self._backlog.wait(self._until_sweep())
             if not self._draining:
-                self._backlog.linger(self._config.flush_linger)
+                self._backlog.linger(self._linger())
         if self._stopping.is_set():
             return
         if self._until_sweep() == 0 and self._backlog.uses_journal:
             self.sweep()
         plans = self._backlog.plan()
         if plans:
+            began = time.monotonic()
             self.flush(plans)
+            self._ended = time.monotonic()
+            self._took = self._ended - began
         elif not self._backlog.uses_journal:
             # What is left lies in the journal alone; whoever trusts Redis again ends this wait.
             self._backlog.wait(_WITHOUT_JOURNAL, for_work=False)
         self._recovered()
+
+    def _linger(self) -> float:
+        """Give the seconds to wait for company.
+
+        A transaction costs much the same for one record as for fifty, and takes the interpreter away from the graphs;
+        so under load, a fifth of the time is spent on flushing, and four fifths on waiting for the next batch.
+        """
+        linger = self._config.flush_linger
+        if time.monotonic() - self._ended > _QUIET:
+            return linger
+        return max(linger, min(_LONGEST_LINGER, _REST * self._took))
 
     def _fail(self, error: TieredSaverError) -> None:
         self._counters.add("flush_errors")

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any
+from typing import Any, NamedTuple
 
 from langchain_core.runnables import RunnableConfig
 
@@ -16,8 +15,7 @@ from langgraph_tiered_saver.values import encodable, is_json
 _INDEX_ENTRY_BYTES = 2600
 
 
-@dataclass(frozen=True)
-class ThreadPosition:
+class ThreadPosition(NamedTuple):
     """The part of a `RunnableConfig` that addresses a checkpoint; `checkpoint_id` may be `""`."""
 
     thread_id: str
@@ -106,7 +104,7 @@ def check_index_entry(*names: str) -> None:
     Raises:
         InvalidInputError: they do not fit.
     """
-    if sum(map(len, names)) * 4 > _INDEX_ENTRY_BYTES and sum(len(n.encode()) for n in names) > _INDEX_ENTRY_BYTES:
+    if len("".join(names)) * 4 > _INDEX_ENTRY_BYTES and len("".join(names).encode()) > _INDEX_ENTRY_BYTES:
         raise InvalidInputError(
             f"The names {' + '.join(f'{name!r:.40}' for name in names)} take more than {_INDEX_ENTRY_BYTES} bytes "
             "together, which is what PostgreSQL can index. Use shorter ones (thread_id, checkpoint_ns, channel, ...); "

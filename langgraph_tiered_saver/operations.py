@@ -61,6 +61,18 @@ class Blocking:
 
 
 @dataclass(frozen=True)
+class Compute:
+    """Request: call a function that takes long without waiting; asynchronous callers leave the event loop for it."""
+
+    work: Callable[[], Any]
+
+
+# Bytes whose serializing would hold up an event loop for more than 4 ms: in a thread, the longest pause is less than
+# half, and the call takes no longer (`python -m tests.benchmarks --only loop`).
+LARGE = 128 * 1024
+
+
+@dataclass(frozen=True)
 class Wait:
     """Request: wait until all tickets are resolved; the reply is how many were not by the deadline.
 
@@ -112,7 +124,10 @@ def put(
     new_versions: ChannelVersions,
 ) -> Operation[RunnableConfig]:
     """Acknowledge a checkpoint: one round trip, two when the parent is not hot."""
-    encoded = codec.encode_checkpoint(serde, config, checkpoint, metadata, new_versions)
+    recent = runtime.recent
+    is_large = recent.bytes >= LARGE and codec.last_size(config, new_versions, recent) >= LARGE
+    encode_all = partial(codec.encode_checkpoint, serde, config, checkpoint, metadata, new_versions, recent)
+    encoded = (yield Compute(encode_all)) if is_large else encode_all()
     thread_id = encoded.position.thread_id
     if not runtime.ready:
         yield from ready(runtime)
@@ -121,7 +136,10 @@ def put(
         payload = encode(encoded.record(), hot.generation)
         reply = tier.appended((yield hot.put(encoded, payload)))
         if reply is None:
-            encoded.carry_every_channel()
+            if is_large:
+                yield Compute(encoded.carry_every_channel)
+            else:
+                encoded.carry_every_channel()
             payload = encode(encoded.record(), hot.generation)
             reply = tier.appended((yield hot.put(encoded, payload)))
             assert reply is not None  # noqa: S101 - a complete record is never sent back
@@ -131,7 +149,8 @@ def put(
         encoded.carry_every_channel()
         return encoded.record()
 
-    yield from _write(runtime, thread_id, call, record)
+    if (yield from _write(runtime, thread_id, call, record)):
+        encoded.remember(recent)
     runtime.counters.add("checkpoints")
     return encoded.position.config()
 
@@ -328,8 +347,8 @@ def get_tuple(runtime: Runtime, serde: SerializerProtocol, config: RunnableConfi
         if position.checkpoint_id:
             found = yield from _get_by_id(runtime, hot, serde, position)
             return found
-        (fields,) = yield hot.get(position.thread_id, position.checkpoint_ns)
-        tuple_ = codec.decode_hot(serde, position, _pairs(fields), hot.generation) if fields else None
+        fields = yield hot.get(position.thread_id, position.checkpoint_ns)
+        tuple_ = (yield from _decoded(runtime, hot, serde, position, fields)) if fields else None
         if tuple_ is not None:
             runtime.counters.add("hot_hits")
             return tuple_
@@ -345,6 +364,15 @@ def get_tuple(runtime: Runtime, serde: SerializerProtocol, config: RunnableConfi
     return found
 
 
+def _decoded(
+    runtime: Runtime, hot: tier.HotCalls, serde: SerializerProtocol, position: ThreadPosition, fields: Sequence[bytes]
+) -> Operation[CheckpointTuple | None]:
+    """Make a tuple of a hot hash's fields and values."""
+    decode = partial(codec.decode_hot, serde, position, _pairs(fields), hot.generation, runtime.recent)
+    tuple_: CheckpointTuple | None = (yield Compute(decode)) if sum(map(len, fields)) >= LARGE else decode()
+    return tuple_
+
+
 def _pairs(flat: Sequence[bytes]) -> dict[bytes, bytes]:
     return dict(zip(flat[::2], flat[1::2], strict=True))
 
@@ -352,16 +380,19 @@ def _pairs(flat: Sequence[bytes]) -> dict[bytes, bytes]:
 def _get_by_id(
     runtime: Runtime, hot: tier.HotCalls, serde: SerializerProtocol, position: ThreadPosition
 ) -> Operation[CheckpointTuple | None]:
-    fields, journal_length = yield hot.get(position.thread_id, position.checkpoint_ns, position.checkpoint_id)
+    fields, journal_length = yield hot.get_by_id(position.thread_id, position.checkpoint_ns, position.checkpoint_id)
     if fields:
-        tuple_ = codec.decode_hot(serde, position, _pairs(fields), hot.generation)
+        tuple_ = yield from _decoded(runtime, hot, serde, position, fields)
         if tuple_ is not None:
             runtime.counters.add("hot_hits")
             return tuple_
     if journal_length or runtime.backlog.holds(position.thread_id):
         yield from settle(runtime, [position.thread_id])
     cold = yield from _read_cold(runtime, serde, position)
-    return cold.load(serde) if cold is not None else None
+    if cold is None:
+        return None
+    loaded: CheckpointTuple = yield Compute(partial(cold.load, serde))
+    return loaded
 
 
 def _read_cold(
@@ -389,7 +420,8 @@ def _miss(
     warming = cold.warming(hot.generation)
     if warming is not None:
         yield hot.warm(thread_id, ns, token, *warming)
-    return cold.load(serde)
+    loaded: CheckpointTuple = yield Compute(partial(cold.load, serde))
+    return loaded
 
 
 def list_page(

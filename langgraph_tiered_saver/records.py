@@ -50,8 +50,7 @@ class Blob(NamedTuple):
         return self.base not in ("", FRESH)
 
 
-@dataclass(frozen=True)
-class CheckpointRecord:
+class CheckpointRecord(NamedTuple):
     """One `put`: a checkpoint and the blobs of the channels it carries.
 
     Attributes:
@@ -73,8 +72,7 @@ class CheckpointRecord:
     blobs: Sequence[Blob]
 
 
-@dataclass(frozen=True)
-class WritesRecord:
+class WritesRecord(NamedTuple):
     """One `put_writes` call.
 
     Attributes:
@@ -123,11 +121,8 @@ def unpack_value(value: bytes) -> TypedValue:
 
 def frame(parts: Iterable[bytes]) -> bytes:
     """Join byte strings so that `unframe`, here and in Lua, can tell them apart."""
-    out: list[bytes] = []
-    for part in parts:
-        out.append(_LENGTH.pack(len(part)))
-        out.append(part)
-    return b"".join(out)
+    pack = _LENGTH.pack
+    return b"".join([piece for part in parts for piece in (pack(len(part)), part)])
 
 
 def unframe(payload: bytes) -> list[bytes]:

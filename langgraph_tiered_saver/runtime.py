@@ -48,12 +48,14 @@ from langgraph_tiered_saver.hot import clients, tier
 from langgraph_tiered_saver.hot.clients import LoopClients, SyncRedis
 from langgraph_tiered_saver.hot.keys import Keyspace
 from langgraph_tiered_saver.leases import LeaseKeeper
+from langgraph_tiered_saver.recent import RecentValues
 from langgraph_tiered_saver.records import Record
 from langgraph_tiered_saver.stats import Counters, TieredStats
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+_COMPUTING_THREADS = 2  # more would only fight for the interpreter
 _CONFLICT_PAUSE = (0.005, 0.05)  # seconds
 _SAME_OUTAGE = 60.0  # seconds between two such writes that belong to one outage
 _OPENING_STEP = 0.01  # seconds between two steps towards a trusted generation when a process begins
@@ -67,6 +69,7 @@ class Runtime:
         ready: The tiers were checked and set up.
         run_leases: The tokens of the threads whose run lease this process holds.
         leases: Takes, renews and gives up run leases.
+        recent: The values stored last, which deltas are made to.
         writer: Names what this process's memory holds.
         durable_channels: Writes to these return once PostgreSQL has them.
     """
@@ -100,8 +103,10 @@ class Runtime:
         self.pool = pool
         self.config = config
         self.backlog = Backlog(config)
+        self.recent = RecentValues(config.delta_memory_bytes)
         self.counters = Counters()
         self.executor = DaemonExecutor(config.postgres_pool_size, "langgraph-tiered-cold")
+        self.computing = DaemonExecutor(_COMPUTING_THREADS, "langgraph-tiered-computing")
         self.pid = os.getpid()
         self.ready = False
         self.closed = False
@@ -460,6 +465,7 @@ class Runtime:
         self.drain(self.config.close_timeout)
         self.pool.close()
         self.executor.shutdown()
+        self.computing.shutdown()
         self.loops.close_others()
         self.client.close()
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import orjson
 from langgraph.checkpoint.serde.base import SerializerProtocol
 from langgraph.checkpoint.serde.encrypted import EncryptedSerializer
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
@@ -26,9 +27,27 @@ _INLINE_INTEGER_BITS = 13_000
 # `ensure_ascii=False` makes lone surrogates an encoding error instead of an escape that PostgreSQL refuses.
 JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
+# What it would write in a way of its own is left to the encoder above.
+_FAST_JSON = orjson.OPT_PASSTHROUGH_SUBCLASS | orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME
+
 NUL_ESCAPE = b"\\u0000"
 
 _encrypting: WeakKeyDictionary[SerializerProtocol, bool] = WeakKeyDictionary()
+
+
+def to_json(document: object) -> bytes:
+    """Encode a JSON document for PostgreSQL.
+
+    Raises:
+        TypeError: it holds something else than JSON has.
+        ValueError: it holds NaN or an infinity; or, as UnicodeEncodeError, a lone surrogate.
+    """
+    try:
+        text = orjson.dumps(document, option=_FAST_JSON)
+    except TypeError:  # also integers beyond 64 bits, and keys that are no text
+        return JSON.encode(document).encode()
+    # It writes null for NaN.
+    return text if b"null" not in text else JSON.encode(document).encode()
 
 
 def inlinable(value: object) -> bool:
@@ -63,7 +82,7 @@ def encodable(text: str) -> bool:
 def is_json(value: object) -> bool:
     """Whether PostgreSQL takes a value as JSON."""
     try:
-        return NUL_ESCAPE not in JSON.encode(value).encode()
+        return NUL_ESCAPE not in to_json(value)
     except (TypeError, ValueError):
         return False
 
@@ -106,6 +125,8 @@ def encrypts(serde: SerializerProtocol) -> bool:
 
     Asking for `EncryptedSerializer` would miss every other serializer that encrypts.
     """
+    if type(serde) is JsonPlusSerializer:
+        return False
     if isinstance(serde, EncryptedSerializer):
         return True
     try:

@@ -14,13 +14,13 @@ from langgraph.checkpoint.postgres import PostgresSaver
 from langgraph.checkpoint.serde.base import SerializerProtocol
 from psycopg.rows import DictRow
 
-from langgraph_tiered_saver.codec import FORMAT_WITH_SENDS
+from langgraph_tiered_saver.codec import FORMAT_WITH_SENDS, may_be_base
 from langgraph_tiered_saver.cold import storage
 from langgraph_tiered_saver.cold.pool import Connection
 from langgraph_tiered_saver.cold.storage import ChainSerializer
 from langgraph_tiered_saver.errors import ThreadQuarantinedError
 from langgraph_tiered_saver.names import ThreadPosition, version_text
-from langgraph_tiered_saver.records import Blob, CheckpointRecord, TypedValue, WritesRecord, encode, pack_value
+from langgraph_tiered_saver.records import FRESH, Blob, CheckpointRecord, TypedValue, WritesRecord, encode, pack_value
 
 READ_WRITES = """
 SELECT task_id, task_path, idx, channel, type, blob FROM checkpoint_writes
@@ -105,7 +105,7 @@ class ColdCheckpoint:
         values: Mapping[str, Any] = checkpoint["channel_values"]
         versions = checkpoint["channel_versions"]
         blobs = [
-            Blob(channel, version_text(versions[channel]), pack_value(value.typed))
+            _warm_blob(channel, version_text(versions[channel]), value.typed)
             for channel, value in values.items()
             if isinstance(value, RawValue)
         ]
@@ -123,6 +123,10 @@ class ColdCheckpoint:
         )
         writes = [encode(writes, generation) for writes in self.writes]
         return encode(record, generation), self.later_writes, writes
+
+
+def _warm_blob(channel: str, version: str, typed: TypedValue) -> Blob:
+    return Blob(channel, version, pack_value(typed), FRESH if may_be_base(version, typed[1]) else "")
 
 
 def read_checkpoint(

@@ -13,7 +13,21 @@ from redis.commands import AsyncCoreCommands
 
 from langgraph_tiered_saver.errors import ConfigurationError
 from langgraph_tiered_saver.hot import options
-from langgraph_tiered_saver.hot.cluster import ERRORS, Site, add, alone, fill, first, flatten, learn, split, unit_of
+from langgraph_tiered_saver.hot.cluster import (
+    ERRORS,
+    Site,
+    add,
+    alone,
+    fill,
+    first,
+    flatten,
+    learn,
+    plain_commands,
+    replies_of,
+    split,
+    unit_of,
+    unit_of_many,
+)
 from langgraph_tiered_saver.hot.slots import Address, Exchange, Refresh, Unit, deliver
 
 _Commands: Any = AsyncCoreCommands
@@ -33,6 +47,10 @@ class AsyncClusterClient(_Commands):  # type: ignore[misc]
         """Run a command that names a key; see `cluster.ClusterClient.execute_command` for the errors."""
         return first((await self.deliver([unit_of(arguments, given)]))[0])
 
+    async def exchange(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Send commands with keys of one slot in one round trip; see `lanes.LaneClient.exchange`."""
+        return replies_of((await self.deliver([unit_of_many(commands)]))[0])
+
     def pipeline(self, transaction: bool = False) -> AsyncClusterPipeline:
         """Collect commands that are sent in one round trip, to all masters at once."""
         if transaction:
@@ -42,6 +60,7 @@ class AsyncClusterClient(_Commands):  # type: ignore[misc]
     async def reconnect(self) -> None:
         """Close the idle connections."""
         for node in list(self._nodes.values()):
+            await node.retire()
             await node.connection_pool.disconnect(inuse_connections=False)
 
     async def aclose(self) -> None:
@@ -76,6 +95,8 @@ class AsyncClusterClient(_Commands):  # type: ignore[misc]
     async def _send(self, address: Address, part: Sequence[tuple[Unit, bool]]) -> list[list[Any]] | Exception:
         node = self._node(address)
         try:
+            if (plain := plain_commands(part)) is not None:
+                return [(await node.exchange(plain))[len(plain) - len(part[0][0].commands) :]]
             if (command := alone(part)) is not None:
                 try:
                     return [[await node.execute_command(*command[0], **command[1])]]
@@ -141,6 +162,7 @@ class AsyncClusterClient(_Commands):  # type: ignore[misc]
         for address in [address for address in self._nodes if address not in masters]:
             node = self._nodes.pop(address)
             self._former.append(node)
+            await node.retire()
             await node.connection_pool.disconnect(inuse_connections=False)
 
 

@@ -198,6 +198,7 @@ def reconnect(client: SyncRedis) -> None:
     if isinstance(client, ClusterClient):
         client.reconnect()
     else:
+        client.give_back()
         options.close_idle(client.connection_pool)
 
 
@@ -205,6 +206,7 @@ async def _areconnect(client: AsyncRedis) -> None:
     if isinstance(client, AsyncClusterClient):
         await client.reconnect()
     else:
+        await client.retire()
         await client.connection_pool.disconnect(inuse_connections=False)
 
 

@@ -107,6 +107,10 @@ class ClusterClient(_Commands):  # type: ignore[misc]
         """
         return first(self.deliver([unit_of(arguments, given)])[0])
 
+    def exchange(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Send commands with keys of one slot in one round trip; see `lanes.LaneClient.exchange`."""
+        return replies_of(self.deliver([unit_of_many(commands)])[0])
+
     def pipeline(self, transaction: bool = False) -> ClusterPipeline:
         """Collect commands that are sent in one round trip for each master."""
         if transaction:
@@ -127,6 +131,7 @@ class ClusterClient(_Commands):  # type: ignore[misc]
     def reconnect(self) -> None:
         """Close the idle connections."""
         for node in list(self._nodes.values()):
+            node.give_back()
             options.close_idle(node.connection_pool)
 
     def close(self) -> None:
@@ -156,6 +161,8 @@ class ClusterClient(_Commands):  # type: ignore[misc]
     def _send(self, address: Address, part: Sequence[tuple[Unit, bool]]) -> list[list[Any]] | Exception:
         node = self._node(address)
         try:
+            if (plain := plain_commands(part)) is not None:
+                return [node.exchange(plain)[len(plain) - len(part[0][0].commands) :]]
             if (command := alone(part)) is not None:
                 try:
                     return [[node.execute_command(*command[0], **command[1])]]
@@ -263,6 +270,28 @@ def unit_of(arguments: tuple[Any, ...], given: dict[str, Any]) -> Unit:
     if (slot := slot_of(arguments)) is None:
         raise redis.exceptions.RedisClusterException(f"{arguments[0]} names no key, so no server of the Cluster has it")
     return Unit(slot, [(arguments, given)])
+
+
+def unit_of_many(commands: Sequence[tuple[Any, ...]]) -> Unit:
+    """Make a unit of commands with keys of one slot; the replies come as the server gives them."""
+    return Unit(unit_of(commands[0], {}).slot, [(command, {}) for command in commands], plain=True)
+
+
+def plain_commands(part: Sequence[tuple[Unit, bool]]) -> list[tuple[Any, ...]] | None:
+    """Give the commands of a unit whose replies are wanted as they are, if it is the only one."""
+    unit, asking = part[0]
+    if len(part) > 1 or not unit.plain:
+        return None
+    commands = [arguments for arguments, _ in unit.commands]
+    return [("ASKING",), *commands] if asking else commands
+
+
+def replies_of(result: Any) -> list[Any]:
+    """Give the replies of a unit, errors of single commands among them, or raise what kept it from the server."""
+    if isinstance(result, Exception):
+        raise result
+    replies: list[Any] = result
+    return replies
 
 
 def add(units: list[Unit], arguments: tuple[Any, ...], given: dict[str, Any]) -> None:

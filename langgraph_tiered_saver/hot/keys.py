@@ -7,6 +7,7 @@ thread id never become a tag.
 
 from __future__ import annotations
 
+import functools
 import zlib
 from dataclasses import dataclass
 
@@ -31,6 +32,7 @@ class ThreadKeys:
         return self.hot_stem + checkpoint_ns.encode()
 
 
+@functools.lru_cache(maxsize=2048)
 def seen_bit(thread_id: str, checkpoint_ns: str) -> int:
     """Give the bit of a thread and namespace among those that a shard has seen.
 
@@ -77,6 +79,9 @@ class Keyspace:
 
     def thread(self, thread_id: str) -> ThreadKeys:
         """Name the keys of a thread."""
+        return _thread_keys(self, thread_id)
+
+    def _name(self, thread_id: str) -> ThreadKeys:
         shard = self.shard_of(thread_id)
         tag = self.tag(shard)
         name = thread_id.encode()
@@ -90,6 +95,12 @@ class Keyspace:
             # The length keeps "a:b" + "c" apart from "a" + "b:c".
             b"%b:hot:%d:%b:" % (tag, len(name), name),
         )
+
+
+# A run asks for the same thread's again and again.
+@functools.lru_cache(maxsize=2048)
+def _thread_keys(keyspace: Keyspace, thread_id: str) -> ThreadKeys:
+    return keyspace._name(thread_id)  # noqa: SLF001 - of the class above
 
 
 def meta_key(prefix: str) -> bytes:

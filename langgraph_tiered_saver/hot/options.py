@@ -13,14 +13,12 @@ import redis.asyncio as aioredis
 from redis import sentinel
 from redis.asyncio import sentinel as async_sentinel
 from redis.asyncio.retry import Retry as AsyncRetry
-from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
+from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from langgraph_tiered_saver.config import TieredConfig
 from langgraph_tiered_saver.errors import ConfigurationError
-
-_RETRY_BASE = 0.02
-_RETRY_CAP = 0.25
+from langgraph_tiered_saver.hot import lanes
 
 # Of a user's pool: what belongs to that very pool, would repeat commands, or needs RESP 3.
 _NOT_TAKEN_OVER = frozenset({
@@ -97,12 +95,12 @@ def retries(config: TieredConfig) -> Retry:
 
     redis-py repeats ten times by default and counts a time-out as a reason; that would multiply ours by ten.
     """
-    return Retry(_backoff(), config.redis_retries, supported_errors=(redis.ConnectionError,))
+    return Retry(lanes.backoff(), config.redis_retries, supported_errors=(redis.ConnectionError,))
 
 
 def async_retries(config: TieredConfig) -> AsyncRetry:
     """Give our retry policy, for asynchronous connections."""
-    return AsyncRetry(_backoff(), config.redis_retries, supported_errors=(redis.ConnectionError,))
+    return AsyncRetry(lanes.backoff(), config.redis_retries, supported_errors=(redis.ConnectionError,))
 
 
 def none() -> Retry:
@@ -115,21 +113,19 @@ def async_none() -> AsyncRetry:
     return AsyncRetry(NoBackoff(), 0)
 
 
-def _backoff() -> ExponentialWithJitterBackoff:
-    return ExponentialWithJitterBackoff(base=_RETRY_BASE, cap=_RETRY_CAP)
-
-
 def client_of(pool: Any) -> Any:
     """Make a synchronous client that owns its pool."""
     # The provider is named again because one that renews its credentials is told of the pool by the client.
-    client = redis.Redis(connection_pool=pool, credential_provider=pool.connection_kwargs.get("credential_provider"))
+    provider = pool.connection_kwargs.get("credential_provider")
+    client = lanes.LaneClient(connection_pool=pool, credential_provider=provider)
     client.auto_close_connection_pool = True
     return client
 
 
 def async_client_of(pool: Any) -> Any:
     """Make an asynchronous client that owns its pool."""
-    client = aioredis.Redis(connection_pool=pool, credential_provider=pool.connection_kwargs.get("credential_provider"))
+    provider = pool.connection_kwargs.get("credential_provider")
+    client = lanes.AsyncLaneClient(connection_pool=pool, credential_provider=provider)
     client.auto_close_connection_pool = True
     return client
 

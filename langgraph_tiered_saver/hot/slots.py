@@ -113,10 +113,12 @@ class Unit:
     Attributes:
         slot: The keys' slot.
         commands: Arguments and redis-py's options of each.
+        plain: The replies are wanted as the server gives them.
     """
 
     slot: int
     commands: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]
+    plain: bool = False
 
 
 @dataclass(frozen=True)

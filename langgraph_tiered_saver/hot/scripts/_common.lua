@@ -89,6 +89,19 @@ local function unframe(bytes)
   return parts
 end
 
+-- Read any number of fields.
+local function hmget(key, names)
+  if #names == 0 then return {} end
+  if #names <= 1000 then return redis.call('HMGET', key, unpack(names)) end
+  local values = {}
+  for first = 1, #names, 1000 do
+    local last = math.min(first + 999, #names)
+    local found = redis.call('HMGET', key, unpack(names, first, last))
+    for i = first, last do values[i] = found[i - first + 1] end
+  end
+  return values
+end
+
 -- Call a command with more arguments than Lua's stack takes; pairs stay together.
 local function in_chunks(command, key, arguments)
   for first = 1, #arguments, 1000 do

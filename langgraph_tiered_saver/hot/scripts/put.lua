@@ -1,10 +1,12 @@
 -- Acknowledge a checkpoint: append its record to the journal and, if it is the latest, make it the hot one.
 -- KEYS: hot hash, journal, shard, dirty, namespaces, seen
 -- ARGV: thread, record, unchanged channels {channel, version, ...} (framed; '' = the record is complete),
---       removed channels (framed), ttl in ms ('0' = none), ttl of the namespaces,
+--       changed channels without a value (framed), ttl in ms ('0' = none), ttl of the namespaces,
 --       '1' = the graph has delta channels, '1' = the checkpoint's format is older than 4,
 --       bit of the thread and namespace in `seen`, writer, run lease ('' = none)
 -- Returns {sequence number, the previous record's}, or {} when the record must carry every channel.
+local MOST_DELTAS, LEAST_DELTA_BYTES = 16, 16384
+
 local hot = KEYS[1]
 local record = unframe(ARGV[2])
 local generation, id, parent = record[2], record[4], record[5]
@@ -17,7 +19,22 @@ if known[1] ~= generation then
 end
 local current, uncertain = known[2], known[3]
 
-if ARGV[3] ~= '' then
+-- d: says that deltas may be made to a channel's value, how many there are, and their bytes; s: holds them.
+local has_delta = false
+local names = {}
+for i = 9, #record, 4 do
+  if record[i + 2] ~= '' and record[i + 2] ~= '*' then has_delta = true end
+  names[#names + 1] = 'v:' .. record[i]
+  names[#names + 1] = 'd:' .. record[i]
+end
+local removed = unframe(ARGV[4])
+for i = 1, #removed do
+  names[#names + 1] = 'v:' .. removed[i]
+  names[#names + 1] = 'd:' .. removed[i]
+end
+local held = current and hmget(hot, names) or {}
+
+if ARGV[3] ~= '' or has_delta then
   -- PostgreSQL is sure to have, or to get first, only what the hot parent was built from; and while that is unflushed,
   -- this writer's memory must hold all of it (x, since a complete checkpoint of its own), so that any one process or
   -- Redis can be lost. q: the last record that the hot checkpoint was built from.
@@ -26,15 +43,52 @@ if ARGV[3] ~= '' then
     local first = state.tail and redis.call('XRANGE', KEYS[2], '-', '+', 'COUNT', 1)[1]
     if first and tonumber(string.match(first[1], '%d+')) <= tonumber(known[9]) then return {} end
   end
-  local unchanged = unframe(ARGV[3])
-  local names = {}
-  for i = 1, #unchanged, 2 do names[#names + 1] = 'v:' .. unchanged[i] end
-  for first = 1, #names, 1000 do
-    local versions = redis.call('HMGET', hot, unpack(names, first, math.min(first + 999, #names)))
-    for i = 1, #versions do
-      if versions[i] ~= unchanged[2 * (first + i - 1)] then return {} end
-    end
+  local unchanged, carried = unframe(ARGV[3]), {}
+  for i = 1, #unchanged, 2 do carried[#carried + 1] = 'v:' .. unchanged[i] end
+  local versions = hmget(hot, carried)
+  for i = 1, #carried do
+    if versions[i] ~= unchanged[2 * i] then return {} end
   end
+  for i = 9, #record, 4 do
+    local base, at = record[i + 2], (i - 9) / 2
+    if base ~= '' and base ~= '*' and (held[at + 1] ~= base or not held[at + 2]) then return {} end
+  end
+end
+
+-- Put a channel's value and its deltas together, and one more. Only the last one is copied whole: until then, values
+-- are lists of pieces {bytes, start, length}.
+local function fold(key, channel, number, last)
+  local names = {'b:' .. channel}
+  for i = 1, number do names[i + 1] = 's:' .. channel .. '\0' .. i end
+  local parts = hmget(key, names)
+  parts[#parts + 1] = last
+  local type_length = string.find(last, '\0', 1, true)
+  local pieces = {{parts[1], type_length + 1, #parts[1] - type_length}}
+  for i = 2, #parts do
+    local delta, made = parts[i], {}
+    local head, start, first, second_start, second = struct.unpack('>I4I4I4I4I4', delta, type_length + 1)
+    local literal = type_length + 33
+    local function cut(at, length)
+      for _, piece in ipairs(pieces) do
+        if length <= 0 then return end
+        if at >= piece[3] then
+          at = at - piece[3]
+        else
+          local taken = math.min(piece[3] - at, length)
+          made[#made + 1] = {piece[1], piece[2] + at, taken}
+          length, at = length - taken, 0
+        end
+      end
+    end
+    made[1] = {delta, literal, head}
+    cut(start, first)
+    made[#made + 1] = {delta, literal + head, #delta - literal - head + 1}
+    cut(second_start, second)
+    pieces = made
+  end
+  local out = {string.sub(last, 1, type_length)}
+  for i, piece in ipairs(pieces) do out[i + 1] = string.sub(piece[1], piece[2], piece[2] + piece[3] - 1) end
+  return table.concat(out)
 end
 
 -- Whether a checkpoint may have pending sends among its writes: it has, or it is not the hot one.
@@ -90,27 +144,60 @@ if branch or tonumber(known[4] or '0') > 0 then
       else
         kept = kept + 1
       end
-    elseif branch and (kind == 'v:' or kind == 'b:') then
+    elseif branch and (kind == 'v:' or kind == 'b:' or kind == 'd:' or kind == 's:') then
       stale[#stale + 1] = name
     end
   end
   fields[#fields + 1] = 'wn'
   fields[#fields + 1] = kept
 end
-for _, channel in ipairs(unframe(ARGV[4])) do
+local function drop_deltas(channel, deltas)
+  for i = 1, tonumber(string.match(deltas or '0', '^%d+')) do stale[#stale + 1] = 's:' .. channel .. '\0' .. i end
+end
+for i, channel in ipairs(removed) do
   stale[#stale + 1] = 'v:' .. channel
   stale[#stale + 1] = 'b:' .. channel
+  local deltas = held[(#record - 8) / 2 + 2 * i]
+  if deltas then
+    stale[#stale + 1] = 'd:' .. channel
+    drop_deltas(channel, deltas)
+  end
 end
-in_chunks('HDEL', hot, stale)
 
 -- A checkpoint that is put again keeps its first parent, as PostgresSaver's upsert does.
 if id == current then parent = known[5] end
 local count = #fields
 for i = 9, #record, 4 do
-  fields[count + 1], fields[count + 2] = 'v:' .. record[i], record[i + 1]
-  fields[count + 3], fields[count + 4] = 'b:' .. record[i], record[i + 3]
-  count = count + 4
+  local channel, base, value = record[i], record[i + 2], record[i + 3]
+  local deltas = held[(i - 9) / 2 + 2]
+  fields[count + 1], fields[count + 2] = 'v:' .. channel, record[i + 1]
+  count = count + 2
+  if base == '' or base == '*' then
+    drop_deltas(channel, deltas)
+    fields[count + 1], fields[count + 2] = 'b:' .. channel, value
+    count = count + 2
+    -- Of a checkpoint that is put again, PostgreSQL may keep other bytes under the same versions.
+    if base == '*' and id ~= current then
+      fields[count + 1], fields[count + 2] = 'd:' .. channel, '0 0'
+      count = count + 2
+    elseif deltas then
+      stale[#stale + 1] = 'd:' .. channel
+    end
+  else
+    local number, bytes = string.match(deltas, '^(%d+) (%d+)$')
+    number, bytes = number + 1, bytes + #value
+    if number > MOST_DELTAS or bytes > math.max(LEAST_DELTA_BYTES, redis.call('HSTRLEN', hot, 'b:' .. channel)) then
+      fields[count + 1], fields[count + 2] = 'b:' .. channel, fold(hot, channel, number - 1, value)
+      drop_deltas(channel, deltas)
+      number, bytes = 0, 0
+    else
+      fields[count + 1], fields[count + 2] = 's:' .. channel .. '\0' .. number, value
+    end
+    fields[count + 3], fields[count + 4] = 'd:' .. channel, string.format('%d %d', number, bytes)
+    count = count + 4
+  end
 end
+in_chunks('HDEL', hot, stale)
 local head = {'g', generation, 'id', id, 'p', parent, 'c', record[6], 'm', record[7], 'k', record[8], 'x', ARGV[10],
               'q', reply[1]}
 for i = 1, #head do fields[count + i] = head[i] end

@@ -24,6 +24,7 @@ if early ~= '' then redis.call('HSET', hot, 'u', early) end
 redis.call('HSET', hot, 'g', generation, 'id', id, 'p', record[5], 'c', record[6], 'm', record[7], 'k', record[8])
 for i = 9, #record, 4 do
   redis.call('HSET', hot, 'v:' .. record[i], record[i + 1], 'b:' .. record[i], record[i + 3])
+  if record[i + 2] == '*' then redis.call('HSET', hot, 'd:' .. record[i], '0 0') end
 end
 local count = 0
 for i = 7, #ARGV do
