@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from psycopg import Cursor
 from psycopg.rows import DictRow
 
-from langgraph_tiered_saver import deltas
+from langgraph_tiered_saver import codec, deltas
 from langgraph_tiered_saver.cold import storage
 from langgraph_tiered_saver.cold.materialize import (
     BlobKey,
@@ -37,8 +37,6 @@ PAGE = 100  # threads listed at once
 # Whole values in one transaction. Written, they take about 60 ms here, which is how long a flush of another thread of
 # the shard may wait.
 MOST_BYTES = 4 * 1024 * 1024
-# As on the way to Redis: below it, a row's own columns outweigh what a delta saves.
-LEAST_BYTES = 4096
 
 # Each thread costs one descent of the index.
 NEXT_THREADS = """
@@ -259,7 +257,7 @@ class ThreadConversion:
             previous is not None
             and previous.key.of_channel == one.key.of_channel
             and not one.base
-            and one.size >= LEAST_BYTES
+            and one.size >= codec.LEAST_DELTA_BASE
             and one.key not in self._bases
         )
 

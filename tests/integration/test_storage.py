@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import random
 import threading
 import uuid
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
     from langgraph_tiered_saver import TieredSaver
 
+EXAMPLES = int(os.environ.get("TIERED_HYPOTHESIS_EXAMPLES", "0"))
 STORAGES = ("standard", "compact")
 SERDE = JsonPlusSerializer()
 TABLES = ("checkpoints", "checkpoint_blobs", "checkpoint_writes", "tiered_deltas")
@@ -324,7 +326,9 @@ def test_what_postgresql_has_under_a_bases_version_counts(
         carrying = talk.records[-1].record
         assert isinstance(carrying, CheckpointRecord)
         other = Blob("messages", talk.last.version, pack_value(SERDE.dumps_typed(["other bytes"])))
-        talk.journal(CheckpointRecord(*list(vars(carrying).values())[:-1], [other]))  # type: ignore[arg-type]
+        talk.journal(
+            CheckpointRecord("", carrying.checkpoint_id, "", carrying.checkpoint, carrying.metadata, 2, [other])
+        )  # type: ignore[arg-type]
         talk.add()
 
         database.write(talk, talk.records[2:])
@@ -355,24 +359,24 @@ def test_a_thousand_small_deltas_of_a_large_value_are_bounded(
         return done
 
     monkeypatch.setattr(writer, "write", watched)
-    most = 2 * 1024 * 1024
+    most = 1024 * 1024
     saver = make_saver(flush_max_bytes=most, sweep_interval=0)
     saver.setup()
     talk = Conversation("talk")
-    talk.messages = ["x" * 300_000]
-    for _ in range(300):
+    talk.messages = ["x" * 200_000]
+    for _ in range(120):
         talk.add()
     other = conversation("other", 3)
     for one in (talk, other):
         journal(redis_url, key_prefix, one)
 
     assert sum(1 for _ in saver.list({"configurable": {"thread_id": "other"}})) == 3
-    # Every version of the large one is about 300 KB: 90 MB in all, of journaled records that take 500 KB.
-    assert sum(1 for _ in saver.list({"configurable": {"thread_id": "talk"}}, limit=301)) == 300
+    # Every version of the large one is about 200 KB: 30 MB in all, of journaled records that take 500 KB.
+    saver.wait_durable({"configurable": {"thread_id": "talk"}})
 
     assert max(taken) <= most
-    assert sum(taken) > 85_000_000
-    assert len(taken) >= 45
+    assert sum(taken) > 24_000_000
+    assert len(taken) >= 24
 
 
 def journal(redis_url: str, key_prefix: str, talk: Conversation) -> None:
@@ -953,7 +957,7 @@ def scene(make_saver: Callable[..., TieredSaver], postgres_url: str) -> Iterator
 
 
 @given(operations=OPERATIONS, mode=st.sampled_from([*STORAGES, "both"]), depth=st.sampled_from([2, 64]))
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=EXAMPLES or 15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_order_of_operations_keeps_every_value(
     scene: Database, operations: list[tuple[str, int, int]], mode: str, depth: int
 ) -> None:
