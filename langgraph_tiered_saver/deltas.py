@@ -89,7 +89,7 @@ def fold(base: bytes, deltas: Iterable[bytes]) -> bytes:
         middle = len(delta) - middle_at
         if middle < 0 or head + first + middle + second != length:
             raise BrokenDeltaError("the delta's lengths do not add up")
-        if head and not second and start + first == size and start == pieces[0][2] and len(pieces) > 1:
+        if len(pieces) > 1 and head and not second and start + first == size and start == pieces[0][2]:
             # It appends, behind another head, as nearly all do; a chain of them would otherwise take its square.
             pieces[0] = (delta, HEADER.size, head)
             pieces.append((delta, middle_at, middle))

@@ -237,8 +237,8 @@ def create_views(connection: Connection) -> str:
 
 # --- reading ---------------------------------------------------------------------------------------------------------
 
-# The connections on which deltas may be met, with the views' schema. That there are none is found out after each read:
-# a delta and the mark that there are some become visible together.
+# The connections on which deltas may be met, with the views' schema. Whether that was right is found out after each
+# read: a delta and the mark that there are some become visible together. A user's pool may serve several schemas.
 _views: WeakKeyDictionary[Connection, str] = WeakKeyDictionary()
 
 
@@ -264,9 +264,13 @@ def read(
             with _through_views(connection, views):
                 found = work(connection)
         row = look(connection)
-        if views is not None or not row or row["storage"] != "compact" or row["views"] is None:
+        right = row["views"] if row and row["storage"] == "compact" else None
+        if right == views:
             return found
-        _views[connection] = row["views"]
+        if right is None:
+            del _views[connection]
+        else:
+            _views[connection] = right
 
 
 @contextmanager
