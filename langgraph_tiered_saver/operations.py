@@ -126,7 +126,9 @@ def put(
     """Acknowledge a checkpoint: one round trip, two when the parent is not hot."""
     recent = runtime.recent
     is_large = recent.bytes >= LARGE and codec.last_size(config, new_versions, recent) >= LARGE
-    encode_all = partial(codec.encode_checkpoint, serde, config, checkpoint, metadata, new_versions, recent)
+    encode_all = partial(
+        codec.encode_checkpoint, serde, config, checkpoint, metadata, new_versions, recent, runtime.reuse
+    )
     encoded = (yield Compute(encode_all)) if is_large else encode_all()
     thread_id = encoded.position.thread_id
     if not runtime.ready:

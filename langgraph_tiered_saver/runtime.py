@@ -50,6 +50,7 @@ from langgraph_tiered_saver.hot.keys import Keyspace
 from langgraph_tiered_saver.leases import LeaseKeeper
 from langgraph_tiered_saver.recent import RecentValues
 from langgraph_tiered_saver.records import Record
+from langgraph_tiered_saver.reuse import ElementReuse
 from langgraph_tiered_saver.stats import Counters, TieredStats
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ class Runtime:
         run_leases: The tokens of the threads whose run lease this process holds.
         leases: Takes, renews and gives up run leases.
         recent: The values stored last, which deltas are made to.
+        reuse: Knows the bytes of messages that were serialized before, if that is asked for.
         writer: Names what this process's memory holds.
         durable_channels: Writes to these return once PostgreSQL has them.
     """
@@ -104,6 +106,7 @@ class Runtime:
         self.config = config
         self.backlog = Backlog(config)
         self.recent = RecentValues(config.delta_memory_bytes)
+        self.reuse = ElementReuse(config.reuse_memory_bytes) if config.reuse_memory_bytes else None
         self.counters = Counters()
         self.executor = DaemonExecutor(config.postgres_pool_size, "langgraph-tiered-cold")
         self.computing = DaemonExecutor(_COMPUTING_THREADS, "langgraph-tiered-computing")
