@@ -182,6 +182,21 @@ def misconfigured(server: RedisServer) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def loading(server: RedisServer, *, as_replica: bool = False) -> Iterator[None]:
+    """Let the server load data, after a restart or, on the connections there are, as a replica."""
+    with contextlib.ExitStack() as others:
+        if as_replica:
+            server.load_slowly_from(others.enter_context(RedisServer()))
+        else:
+            server.restart_loading()
+        try:
+            yield
+            assert server.is_loading(), "it did so all the time"
+        finally:
+            server.finish_loading()
+
+
+@contextlib.contextmanager
 def redis_outage(kind: str, stack: Stack, proxy: Proxy) -> Iterator[None]:
     server = stack.redis
     if kind == "refused":
@@ -225,12 +240,26 @@ def redis_outage(kind: str, stack: Stack, proxy: Proxy) -> Iterator[None]:
     elif kind == "MISCONF":
         with misconfigured(server):
             yield
+    elif kind.startswith("LOADING"):
+        with loading(server, as_replica=kind == "LOADING replica"):
+            yield
     else:
         with lost_authentication(server):
             yield
 
 
-OUTAGES = ["refused", "deaf", "stalled", "killed", "OOM", "READONLY", "MISCONF", "authentication"]
+OUTAGES = [
+    "refused",
+    "deaf",
+    "stalled",
+    "killed",
+    "LOADING",
+    "LOADING replica",
+    "OOM",
+    "READONLY",
+    "MISCONF",
+    "authentication",
+]
 
 
 @pytest.mark.parametrize("kind", OUTAGES)
@@ -305,6 +334,54 @@ def test_a_saver_that_starts_while_redis_is_away(stack: Stack, place: Place, pro
     proxy.heal()
     wait_until(lambda: saver.stats().hot_trusted and first.stats().hot_trusted)
     place.assert_whole(chain)
+
+
+def test_a_saver_that_starts_while_redis_loads(stack: Stack, place: Place) -> None:
+    """I9: a Redis that lets connections in and answers LOADING does not keep a new process waiting."""
+    first = place.open()
+    chain = Steps(first, "red")
+    chain.put()
+    first.flush()
+    with loading(stack.redis):
+        saver = place.open()
+        began = time.monotonic()
+        chain.saver = saver
+        assert chain.latest() == chain.ids[-1]
+        chain.put()
+        assert time.monotonic() - began < 3.0
+        assert not saver.stats().hot_trusted
+        assert "BusyLoadingError" in str(saver._source.current().health.problem)
+    wait_until(lambda: saver.stats().hot_trusted and first.stats().hot_trusted, 10, "Redis is trusted")
+    assert chain.latest(first) == chain.ids[-1]
+    place.assert_whole(chain)
+
+
+def test_loading_is_refused_on_connections_that_there_are(stack: Stack, place: Place) -> None:
+    """I7: a server that resynchronises refuses synchronous and asynchronous writes at once, and they say why."""
+    savers = [place.open(fallback=False) for _ in range(2)]
+    chains = [Steps(saver, f"thread {number}") for number, saver in enumerate(savers)]
+
+    async def work() -> list[float]:
+        for chain in chains:
+            await chain.aput()
+            chain.put()
+        refused = [chain.next() for chain in chains]
+        seconds = []
+        with loading(stack.redis, as_replica=True):
+            began = time.monotonic()
+            with pytest.raises(HotTierUnavailableError, match=r"BusyLoadingError.*nothing was acknowledged"):
+                savers[0].put(*refused[0])
+            seconds.append(time.monotonic() - began)
+            began = time.monotonic()
+            with pytest.raises(HotTierUnavailableError, match=r"BusyLoadingError.*nothing was acknowledged"):
+                await savers[1].aput(*refused[1])
+            seconds.append(time.monotonic() - began)
+        return seconds
+
+    assert max(asyncio.run(work())) < TIMEOUT + PROBE
+    wait_until(lambda: all(saver.stats().hot_trusted for saver in savers), 10, "Redis is trusted again")
+    assert [chain.latest() for chain in chains] == [chain.ids[-1] for chain in chains]
+    place.assert_whole(*chains)
 
 
 def test_the_reply_is_lost(stack: Stack, place: Place, proxy: Proxy) -> None:
