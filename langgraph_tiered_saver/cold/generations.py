@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from psycopg.rows import DictRow
+
 from langgraph_tiered_saver.cold.pool import Connection
 from langgraph_tiered_saver.cold.schema import GENERATION_LOCK, LOCK_CLASS
 
@@ -53,7 +55,11 @@ class Generation:
 
 def read(connection: Connection) -> Generation:
     """Read the current generation."""
-    row = connection.execute(READ).fetchone()
+    return of_row(connection.execute(READ).fetchone())
+
+
+def of_row(row: DictRow | None) -> Generation:
+    """Give the generation that was read."""
     # Without a row nothing hot can be trusted, and nothing can be written past it; setup() mends it.
     return Generation(row["number"], row["opened"]) if row else Generation(0, opened=False)
 

@@ -114,7 +114,8 @@ class Written:
 
     Attributes:
         diverted: Threads under quarantine, whose records were put there.
-        generation: The current generation's number, and whether it is open.
+        generation: The current generation when the records were there for everybody to see. Whoever opened a later one
+            saw them first.
     """
 
     diverted: frozenset[str]
@@ -180,15 +181,17 @@ def write(connection: Connection, batch: Sequence[ThreadRecords], *, statement_t
     """
     # In pipeline mode the transaction costs three round trips instead of one for each statement.
     pipeline = connection.pipeline() if psycopg.capabilities.has_pipeline() else nullcontext()
-    with pipeline, connection.transaction(), connection.cursor() as cursor:
-        set_timeout(cursor, statement_timeout)
-        cursor.execute(LOCK_SHARED, (LOCK_CLASS, sorted({entry.shard for entry in batch})))
-        with connection.cursor() as other:
-            other.execute(generations.READ)
+    with pipeline:
+        with connection.transaction(), connection.cursor() as cursor:
+            set_timeout(cursor, statement_timeout)
+            cursor.execute(LOCK_SHARED, (LOCK_CLASS, sorted({entry.shard for entry in batch})))
             crash_points.reach("after_begin")
             diverted = write_locked(cursor, batch)
-            row = other.fetchone()
-    return Written(diverted, Generation(row["number"], row["opened"]) if row else Generation(0, opened=False))
+        # Behind the commit, in the round trip that ends the pipeline. A generation that was opened before the commit
+        # without these records, while this process stood still in the transaction, is seen here. A lock that keeps the
+        # opening waiting for the commit would let one process that stands still hold up all others.
+        current = connection.execute(generations.READ)
+    return Written(diverted, generations.of_row(current.fetchone()))
 
 
 def write_locked(cursor: psycopg.Cursor[DictRow], batch: Sequence[ThreadRecords]) -> frozenset[str]:

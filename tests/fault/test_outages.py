@@ -33,6 +33,9 @@ from langgraph_tiered_saver import (
     InvalidInputError,
     TieredSaver,
 )
+from langgraph_tiered_saver.cold import generations, writer
+from langgraph_tiered_saver.cold.generations import Generation
+from langgraph_tiered_saver.records import CheckpointRecord
 from tests.fault.proxy import Proxy
 from tests.fault.stack import RedisServer, Stack
 from tests.fault.workers import Chain, address
@@ -743,3 +746,107 @@ def test_a_process_that_stood_still_does_not_answer_from_what_was(stack: Stack, 
             assert other.stdout.readline().split()[0] == chain.ids[-1]
         finally:
             other.kill()
+
+
+WRITING = """
+import sys
+from langgraph_tiered_saver import TieredSaver
+from tests.fault.test_outages import Steps
+redis_url, postgres_url, name = sys.argv[1:]
+settings = {"key_prefix": name, "postgres_schema": name, "poll_interval": 0.2, "redis_timeout": 1.0}
+saver = TieredSaver.from_conn_string(redis_url, postgres_url, **settings)
+chain = Steps(saver, "red")
+for _ in sys.stdin:
+    chain.put()
+    print(chain.ids[-1], flush=True)
+"""
+
+
+ROW_OF_RED = "SELECT 1 FROM tiered_threads WHERE thread_id = 'red' FOR UPDATE"
+
+
+@contextlib.contextmanager
+def holding_up(place: Place, lock: str) -> Iterator[None]:
+    """Keep a flush waiting in the middle of its transaction, from when it has come there on."""
+    with place.stack.postgres.connect(autocommit=False) as connection:
+        connection.execute(f"SET search_path TO {place.name}")
+        connection.execute(lock)
+        yield
+
+
+def wait_until_held_up(place: Place) -> None:
+    waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+    wait_until(lambda: place.rows(waiting), message="the flush waits")
+
+
+@pytest.mark.parametrize("how", ["stopped", "cut off"])
+def test_a_process_that_stood_still_in_a_flush(how: str, stack: Stack, place: Place, proxy: Proxy) -> None:
+    """I6: what it commits after the others have opened a generation without it ends that generation."""
+    saver = place.open(through(stack.redis.url, proxy, stack.redis.port))
+    red = Steps(saver, "red")
+    with Proxy(stack.redis.port) as link, Proxy(stack.postgres.port) as cold_link:
+        urls = (
+            through(stack.redis.url, link, stack.redis.port),
+            through(stack.postgres.url, cold_link, stack.postgres.port),
+        )
+        command = [sys.executable, "-c", WRITING, *urls, place.name]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+            assert other.stdin is not None
+            assert other.stdout is not None
+            try:
+                print(file=other.stdin, flush=True)
+                before = other.stdout.readline().strip()
+                saver.wait_durable(address("red", before))
+                with holding_up(place, ROW_OF_RED):
+                    print(file=other.stdin, flush=True)
+                    wait_until_held_up(place)
+                    if how == "stopped":
+                        other.send_signal(signal.SIGSTOP)
+                    cold_link.deaf()
+                    proxy.refuse()
+                    proxy.cut()
+                    assert red.latest() == before, "it counts as dead, and what it holds does not count"
+                    stack.redis.flushall()
+                    proxy.heal()
+                    wait_until(lambda: saver.stats().hot_trusted)
+                    assert red.latest() == before
+                    hits = saver.stats().hot_hits
+                    assert red.latest() == before
+                    assert saver.stats().hot_hits > hits
+                # It looks at Redis a little later than its flush ends, with nothing left that it had to flush first.
+                link.delay(0.05)
+                cold_link.heal()
+                other.send_signal(signal.SIGCONT)
+                after = other.stdout.readline().strip()
+                assert after != before
+                wait_until(lambda: red.latest() == after, 5, "the others see it")
+            finally:
+                other.kill()
+
+
+def test_opening_a_generation_does_not_wait_for_a_flush(stack: Stack, place: Place) -> None:
+    """I6, I8: one that stands still in its transaction holds nobody up, and hears what has been opened meanwhile."""
+    saver = place.open()
+    chain = Steps(saver, "red")
+    chain.put(), saver.flush()
+    number = place.rows("SELECT number FROM tiered_generation")[0]["number"]
+    row = place.rows("SELECT * FROM checkpoints")[0]
+    record = CheckpointRecord("", row["checkpoint_id"], "", b"{}", b"{}", 0, ())
+    batch = [writer.ThreadRecords("red", 0, [writer.Journaled(1, number, record, b"")])]
+    saver.close()
+    options = {"autocommit": True, "row_factory": dict_row, "options": f"-csearch_path={place.name}"}
+    with (
+        stack.postgres.connect(**options) as flushing,
+        stack.postgres.connect(**options) as opening,
+        ThreadPoolExecutor(1) as thread,
+    ):
+        with holding_up(place, ROW_OF_RED):
+            written = thread.submit(writer.write, flushing, batch, statement_timeout=10.0)
+            wait_until_held_up(place)
+            began = time.monotonic()
+            generations.start(opening, number)
+            opened = generations.open_generation(opening, number + 1, 0.0)
+            assert time.monotonic() - began < 1.0
+            assert opened == Generation(number + 1, opened=True)
+            assert not written.done()
+        assert written.result(10).generation == opened
