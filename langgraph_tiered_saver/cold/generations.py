@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from psycopg.rows import DictRow
 
-from langgraph_tiered_saver.cold.pool import Connection
+from langgraph_tiered_saver.cold.pool import Connection, set_timeouts
 from langgraph_tiered_saver.cold.schema import GENERATION_LOCK, LOCK_CLASS
 
 READ = "SELECT number, opened FROM tiered_generation"
@@ -123,6 +123,7 @@ def open_generation(
         The current generation, which may be still closed, or another one.
     """
     with connection.transaction():
+        set_timeouts(connection, 0)
         # Whoever is writing past Redis just now finishes first.
         connection.execute("SELECT pg_advisory_xact_lock(%s, %s)", (LOCK_CLASS, GENERATION_LOCK))
         if connection.execute(OPEN, (number, quiet)).rowcount:

@@ -15,9 +15,9 @@ from psycopg import Cursor
 from psycopg.rows import DictRow
 
 from langgraph_tiered_saver.cold import maintenance
-from langgraph_tiered_saver.cold.pool import Connection
+from langgraph_tiered_saver.cold.pool import Connection, set_timeouts
 from langgraph_tiered_saver.cold.schema import LOCK_CLASS
-from langgraph_tiered_saver.cold.writer import Journaled, ThreadRecords, set_timeout, write_locked
+from langgraph_tiered_saver.cold.writer import Journaled, ThreadRecords, write_locked
 from langgraph_tiered_saver.records import CHECKPOINT, MAINTENANCE, WRITES, MaintenanceRecord, Record, decode
 
 # The reason is that of the first refused record; those that came later wait because of it.
@@ -157,7 +157,7 @@ def retry(connection: Connection, thread_id: str, *, shard_of: Callable[[str], i
     while True:
         sources = _copied_from(connection, thread_id)
         with connection.transaction(), connection.cursor() as cursor:
-            set_timeout(cursor, statement_timeout)
+            set_timeouts(connection, statement_timeout)
             # In the order of the shards, like every flush, so that nobody waits in a circle.
             for shard in sorted({shard_of(name) for name in (thread_id, *sources)}):
                 shared = "" if shard == shard_of(thread_id) else "_shared"

@@ -14,7 +14,7 @@ from psycopg.rows import DictRow
 from langgraph_tiered_saver import crash_points
 from langgraph_tiered_saver.cold import generations
 from langgraph_tiered_saver.cold.generations import Generation
-from langgraph_tiered_saver.cold.pool import Connection
+from langgraph_tiered_saver.cold.pool import Connection, set_timeouts
 from langgraph_tiered_saver.cold.schema import LOCK_CLASS
 from langgraph_tiered_saver.records import CheckpointRecord, Record, WritesRecord, unpack_value
 
@@ -180,13 +180,13 @@ def write(connection: Connection, batch: Sequence[ThreadRecords], *, statement_t
         psycopg.Error: nothing was written.
     """
     # In pipeline mode the transaction costs three round trips instead of one for each statement.
-    pipeline = connection.pipeline() if psycopg.capabilities.has_pipeline() else nullcontext()
-    with pipeline:
+    pipelined = connection.pipeline() if psycopg.capabilities.has_pipeline() else nullcontext()
+    with pipelined as pipeline:
         with connection.transaction(), connection.cursor() as cursor:
-            set_timeout(cursor, statement_timeout)
+            set_timeouts(connection, statement_timeout)
             cursor.execute(LOCK_SHARED, (LOCK_CLASS, sorted({entry.shard for entry in batch})))
             crash_points.reach("after_begin")
-            diverted = write_locked(cursor, batch)
+            diverted = write_locked(cursor, batch, pipeline)
         # Behind the commit, in the round trip that ends the pipeline. A generation that was opened before the commit
         # without these records, while this process stood still in the transaction, is seen here. A lock that keeps the
         # opening waiting for the commit would let one process that stands still hold up all others.
@@ -194,13 +194,24 @@ def write(connection: Connection, batch: Sequence[ThreadRecords], *, statement_t
     return Written(diverted, generations.of_row(current.fetchone()))
 
 
-def write_locked(cursor: psycopg.Cursor[DictRow], batch: Sequence[ThreadRecords]) -> frozenset[str]:
+def write_locked(
+    cursor: psycopg.Cursor[DictRow], batch: Sequence[ThreadRecords], pipeline: psycopg.Pipeline | None = None
+) -> frozenset[str]:
     """Write records within a transaction that holds their shards' locks.
+
+    Args:
+        cursor: The transaction's.
+        batch: At most one entry for each thread.
+        pipeline: The one that it is in.
 
     Returns:
         The threads under quarantine, whose records were put there.
     """
     _insert(cursor, RAISE_WATERMARKS, {(e.thread_id,): (e.records[-1].sequence,) for e in batch if e.records})
+    if pipeline is not None:
+        # The rows must be waited for anyway; behind a flush instead of a sync, PostgreSQL would not count as idle the
+        # time in which this process stands still.
+        pipeline.sync()
     known = {row["thread_id"]: row for row in cursor} if any(e.records for e in batch) else {}
     diverted = frozenset(name for name, row in known.items() if row["quarantined"])
     tombstones = {name: (row["tombstone"], row["tombstone_generation"]) for name, row in known.items()}
@@ -241,7 +252,7 @@ def quarantine(connection: Connection, entry: ThreadRecords, reason: str | None,
         psycopg.Error: nothing was changed.
     """
     with connection.transaction(), connection.cursor() as cursor:
-        set_timeout(cursor, statement_timeout)
+        set_timeouts(connection, statement_timeout)
         cursor.execute(LOCK_SHARED, (LOCK_CLASS, [entry.shard]))
         _insert(cursor, RAISE_WATERMARKS, {(entry.thread_id,): (entry.records[-1].sequence,)})
         row = cursor.fetchone()
@@ -270,12 +281,6 @@ def _payloads(
 
 def _is_newer(item: Journaled, tombstone: tuple[int, int]) -> bool:
     return item.sequence > tombstone[0] and item.generation >= tombstone[1]
-
-
-def set_timeout(cursor: psycopg.Cursor[Any], seconds: float) -> None:
-    """Bound every statement of the current transaction."""
-    if seconds:
-        cursor.execute("SELECT set_config('statement_timeout', %s, true)", (str(int(seconds * 1000)),))
 
 
 def fold(batch: Sequence[ThreadRecords], tombstones: Mapping[str, tuple[int, int]]) -> Rows:

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 from langgraph.checkpoint.postgres import PostgresSaver
 from psycopg.rows import dict_row
@@ -33,7 +34,7 @@ from langgraph_tiered_saver import (
     InvalidInputError,
     TieredSaver,
 )
-from langgraph_tiered_saver.cold import generations, writer
+from langgraph_tiered_saver.cold import direct, generations, pool, writer
 from langgraph_tiered_saver.cold.generations import Generation
 from langgraph_tiered_saver.records import CheckpointRecord
 from tests.fault.proxy import Proxy
@@ -850,3 +851,103 @@ def test_opening_a_generation_does_not_wait_for_a_flush(stack: Stack, place: Pla
             assert opened == Generation(number + 1, opened=True)
             assert not written.done()
         assert written.result(10).generation == opened
+
+
+@pytest.fixture
+def stopped_flush(stack: Stack, place: Place) -> Iterator[None]:
+    """A process that is stopped in the middle of a flush of the thread `red`, and whose step does not count."""
+    command = [sys.executable, "-c", WRITING, stack.redis.url, stack.postgres.url, place.name]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdin is not None
+        try:
+            with holding_up(place, ROW_OF_RED):
+                print(file=other.stdin, flush=True)
+                wait_until_held_up(place)
+                other.send_signal(signal.SIGSTOP)
+            yield
+        finally:
+            other.kill()
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "MOST_IDLE", 1.0)
+
+
+def test_a_thread_is_not_held_up_by_a_stopped_flush(
+    stack: Stack, place: Place, proxy: Proxy, request: pytest.FixtureRequest
+) -> None:
+    """I8: PostgreSQL ends the transaction of a process that stands still, so that the others can write its threads."""
+    saver = place.open(through(stack.redis.url, proxy, stack.redis.port))
+    chain = Steps(saver, "red")
+    chain.put(), saver.flush()
+    request.getfixturevalue("stopped_flush")
+    proxy.refuse()
+    proxy.cut()
+    began = time.monotonic()
+    chain.put()
+    assert time.monotonic() - began < pool.MOST_IDLE + 3.0
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_opening_that_stands_still_ends(stack: Stack, place: Place, proxy: Proxy) -> None:
+    """I8: a process that is stopped while it opens a generation does not keep the others from writing past Redis."""
+    saver = place.open(through(stack.redis.url, proxy, stack.redis.port), postgres_statement_timeout=5.0)
+    chain = Steps(saver, "red")
+    chain.put(), saver.flush()
+    number = place.rows("SELECT number FROM tiered_generation")[0]["number"]
+    proxy.refuse()
+    proxy.cut()
+    chain.put()
+    stopped, resumed = threading.Event(), threading.Event()
+
+    def stand_still() -> None:
+        stopped.set()
+        assert resumed.wait(20)
+
+    def work() -> None:
+        options = {"autocommit": True, "row_factory": dict_row, "options": f"-csearch_path={place.name}"}
+        with stack.postgres.connect(**options) as connection:
+            generations.open_generation(connection, number + 1, 0.0, stand_still)
+
+    with ThreadPoolExecutor(1) as thread:
+        opening = thread.submit(work)
+        try:
+            assert stopped.wait(10)
+            began = time.monotonic()
+            chain.put()
+            assert 0.5 < time.monotonic() - began < 4.0
+        finally:
+            resumed.set()
+        with pytest.raises(psycopg.Error):
+            opening.result(10)
+    proxy.heal()
+    wait_until(lambda: saver.stats().hot_trusted, 10)
+    place.assert_whole(chain)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_write_past_redis_that_stood_still_is_repeated(
+    stack: Stack, place: Place, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """I7: a process that was stopped in a transaction, which PostgreSQL ended, goes on when it runs again."""
+    saver = place.open(through(stack.redis.url, proxy, stack.redis.port))
+    chain = Steps(saver, "red")
+    chain.put()
+    proxy.refuse()
+    proxy.cut()
+    chain.put()
+    check, checks = direct.check, []
+
+    def stand_still(connection: Any, number: int) -> None:
+        check(connection, number)
+        checks.append(number)
+        if len(checks) == 1:
+            time.sleep(1.5 * pool.MOST_IDLE)
+
+    monkeypatch.setattr(direct, "check", stand_still)
+    saver.put(*(arguments := chain.next()))
+    chain.ids.append(arguments[1]["id"])
+    assert len(checks) == 2
+    proxy.heal()
+    place.assert_whole(chain)
