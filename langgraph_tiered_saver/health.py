@@ -226,10 +226,13 @@ class Health:
                 self.closed = None
         self._wake.set()
 
-    def came_late(self, number: int) -> None:
-        """Note that this process brought records to PostgreSQL when a later generation was open without them."""
+    def missed_by(self, number: int) -> None:
+        """Note that a generation was opened without records of this process, so that it is never trusted here."""
         with self._lock:
             self._late = number
+
+    def came_late(self) -> None:
+        """End a generation that was opened without records of this process, which PostgreSQL has by now."""
         self.lose(HotTierUnavailableError("This process was away, and brought older records to PostgreSQL just now."))
         self._wake.set()
 

@@ -328,9 +328,11 @@ class Runtime:
                 self.health.moved(closed)
                 return False
             except ColdTierUnavailableError as error:
-                # A conflict with another transaction passes at once.
-                passes = isinstance(error.__cause__, psycopg.errors.TransactionRollback)
-                if not passes or time.monotonic() > deadline:
+                # A conflict with another transaction passes at once. And PostgreSQL is there if it was this process
+                # that stood still until its transaction was ended.
+                conflicts = isinstance(error.__cause__, psycopg.errors.TransactionRollback)
+                stood_still = isinstance(error.__cause__, psycopg.errors.IdleInTransactionSessionTimeout)
+                if not stood_still and (not conflicts or time.monotonic() > deadline):
                     raise self.health.both_away(error) from error
                 time.sleep(random.uniform(*_CONFLICT_PAUSE))  # noqa: S311 - jitter
             else:

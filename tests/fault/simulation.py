@@ -627,11 +627,16 @@ def new_world(postgres_url: str) -> Iterator[World]:
     """Make a world on a Redis and a schema of its own, and let the library run in it."""
     with RedisServer(options={"appendonly": "no"}) as server, pytest.MonkeyPatch.context() as patch:
         world = World(server.url, postgres_url)
+        library = logging.getLogger("langgraph_tiered_saver")
+        before = library.level
         try:
+            # Not by setting the attribute: loggers remember which levels are off until they are told.
+            library.setLevel(logging.CRITICAL)
             _install(world, patch)
             world.set_up()
             yield world
         finally:
+            library.setLevel(before)
             world.close()
 
 
@@ -669,7 +674,6 @@ def _install(world: World, patch: pytest.MonkeyPatch) -> None:
     for threaded in (health, flusher):
         patch.setattr(threaded, "threading", _Threads())
     patch.setattr(flusher.logger, "exception", raise_it)
-    patch.setattr(logging.getLogger("langgraph_tiered_saver"), "level", logging.CRITICAL)
     patch.setattr(runtime, "atexit", SimpleNamespace(register=lambda *_: None))
     patch.setattr(drivers, "_wait", wait)
     for name in ("wait", "linger"):
