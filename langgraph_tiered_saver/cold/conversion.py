@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from psycopg import Cursor
 from psycopg.rows import DictRow
 
-from langgraph_tiered_saver import deltas
+from langgraph_tiered_saver import codec, deltas
 from langgraph_tiered_saver.cold import storage
 from langgraph_tiered_saver.cold.materialize import (
     BlobKey,
@@ -37,8 +37,6 @@ PAGE = 100  # threads listed at once
 # Whole values in one transaction. Written, they take about 60 ms here, which is how long a flush of another thread of
 # the shard may wait.
 MOST_BYTES = 4 * 1024 * 1024
-# As on the way to Redis: below it, a row's own columns outweigh what a delta saves.
-LEAST_BYTES = 4096
 
 # Each thread costs one descent of the index.
 NEXT_THREADS = """
@@ -53,11 +51,13 @@ SELECT thread_id FROM names ORDER BY thread_id"""
 
 # In the order in which versions are made. What a value's length is, PostgreSQL knows without reading it.
 LIST_VERSIONS = """
-SELECT checkpoint_ns, channel, version, '' AS base, octet_length(blob) AS size, 0 AS depth, 0 AS chain_bytes
-FROM checkpoint_blobs WHERE thread_id = %(thread)s AND blob IS NOT NULL
-UNION ALL
-SELECT checkpoint_ns, channel, version, base, size, depth, chain_bytes FROM tiered_deltas WHERE thread_id = %(thread)s
-ORDER BY checkpoint_ns, channel, version COLLATE "C\""""
+SELECT * FROM (
+    SELECT checkpoint_ns, channel, version, '' AS base, octet_length(blob) AS size, 0 AS depth, 0 AS chain_bytes
+    FROM checkpoint_blobs WHERE thread_id = %(thread)s AND blob IS NOT NULL
+    UNION ALL
+    SELECT checkpoint_ns, channel, version, base, size, depth, chain_bytes
+    FROM tiered_deltas WHERE thread_id = %(thread)s
+) AS stored ORDER BY checkpoint_ns, channel, version COLLATE "C\""""
 
 READ_TOMBSTONE = "SELECT tombstone FROM tiered_threads WHERE thread_id = %s"
 
@@ -257,7 +257,7 @@ class ThreadConversion:
             previous is not None
             and previous.key.of_channel == one.key.of_channel
             and not one.base
-            and one.size >= LEAST_BYTES
+            and one.size >= codec.LEAST_DELTA_BASE
             and one.key not in self._bases
         )
 

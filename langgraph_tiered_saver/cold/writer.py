@@ -49,7 +49,8 @@ DELETE FROM checkpoints c WHERE thread_id = %s AND tiered_seq = ANY(%s) AND tier
         AND b.channel = v.key AND b.version = v.value
     ) OR EXISTS (
         SELECT FROM tiered_deltas d WHERE d.thread_id = c.thread_id AND d.checkpoint_ns = c.checkpoint_ns
-        AND d.channel = v.key AND d.version = v.value))"""
+        AND d.channel = v.key AND d.version = v.value))
+RETURNING checkpoint_id"""
 
 # Later checkpoints may reference what is missing too, without carrying it.
 MARK_INCOMPLETE = "UPDATE tiered_threads SET incomplete = true WHERE thread_id = ANY(%s)"
@@ -311,11 +312,12 @@ def _remove_incomplete(
         if not entry.unsure and entry.thread_id not in broken and entry.thread_id not in incomplete:
             continue
         cursor.execute(DELETE_INCOMPLETE, (entry.thread_id, [item.sequence for item in entry.records]))
-        if cursor.rowcount > 0:
-            lost += 0 if entry.unsure else cursor.rowcount
+        # A pipeline tells the number of rows only when they are fetched.
+        if removed := len(cursor.fetchall()):
+            lost += 0 if entry.unsure else removed
             logger.error(
                 "%d checkpoints of thread %.80r are lost with the records that they were built on",
-                cursor.rowcount,
+                removed,
                 entry.thread_id,
             )
     return lost
