@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psycopg
 
@@ -81,6 +81,10 @@ class _Work:
     missing: list[int] = field(default_factory=list)
     lost: list[int] = field(default_factory=list)
     own: set[int] = field(default_factory=set)
+
+
+class _OutdatedPlanError(Exception):
+    """The generation in which something was planned is not trusted any more; its errors say nothing of the next one."""
 
 
 # Consecutive records of one thread that go into one transaction.
@@ -208,7 +212,11 @@ class Flusher:
         plans = self._backlog.plan()
         if plans:
             began = time.monotonic()
-            self.flush(plans)
+            try:
+                self.flush(plans)
+            except _OutdatedPlanError:
+                self._backlog.settle_again()
+                return
             self._ended = time.monotonic()
             self._took = self._ended - began
         elif not self._backlog.uses_journal:
@@ -292,6 +300,7 @@ class Flusher:
         """Write what was planned, acknowledge it to the journal and to those who wait.
 
         Raises:
+            _OutdatedPlanError: some of it must be planned anew.
             TieredSaverError: a tier could not be used.
         """
         # What is in memory goes first: it needs Redis only to be acknowledged.
@@ -301,10 +310,7 @@ class Flusher:
 
     def _collect(self, plans: Sequence[Plan]) -> list[_Work]:
         """Bring each plan's records together: from memory, or the journal merged with memory."""
-        reading = [plan.thread_id for plan in plans if plan.read_journal]
-        most_bytes = max(_LEAST_READ, self._config.flush_max_bytes // max(1, len(reading)))
-        calls = [self._calls.journal(name, self._config.flush_max_records, most_bytes) for name in reading]
-        replies = iter(tier.run_many(self._client, calls) if calls else ())
+        replies = iter(self._journals([plan for plan in plans if plan.read_journal]))
         works = []
         for plan in plans:
             if not plan.read_journal:
@@ -332,6 +338,26 @@ class Flusher:
             own = {entry.generation for entry in plan.entries if entry.sequence in journal}
             works.append(_Work(plan, sorted(journal.items()), more, missing, lost, own))
         return works
+
+    def _journals(self, plans: Sequence[Plan]) -> list[Any]:
+        """Read the journals of some threads.
+
+        Raises:
+            _OutdatedPlanError: they must be planned anew.
+            TieredSaverError: Redis could not be used.
+        """
+        most_records = self._config.flush_max_records
+        most_bytes = max(_LEAST_READ, self._config.flush_max_bytes // max(1, len(plans)))
+        # What a journal does not hold is taken for flushed, by whoever waits for it and by the order of what is flushed
+        # now. So it must be the journal of the generation in which that was asked for; a Redis that was emptied in the
+        # meantime has none.
+        calls = [self._calls.journal(plan.thread_id, most_records, most_bytes, plan.generation) for plan in plans]
+        try:
+            return tier.run_many(self._client, calls) if calls else []
+        except HotTierUnavailableError as error:
+            if any(plan.generation != self._backlog.generation for plan in plans):
+                raise _OutdatedPlanError from error
+            raise
 
     def _batches(self, works: Sequence[_Work]) -> list[list[_Run]]:
         """Decode, and cut into transactions: bounded in what PostgreSQL has to take, a maintenance record by itself."""

@@ -377,7 +377,7 @@ class Health:
                 return True
             try:
                 with contextlib.closing(self._make_probe()) as probe:
-                    names = tier.dirty_threads(probe, self._keyspace)
+                    names = tier.dirty_threads(probe, self._keyspace, None)
             except (TieredSaverError, redis.RedisError, OSError) as error:
                 self.is_reachable, self.problem = False, error
                 return True

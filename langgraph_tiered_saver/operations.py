@@ -480,9 +480,9 @@ def _read_settled(runtime: Runtime, names: Sequence[str] | None, work: Callable[
     def with_hot(hot: tier.HotCalls) -> Operation[T]:
         runtime.pool.refuse_if_broken()
         if names is None:
-            yield from settle_all(runtime)
+            yield from settle_all(runtime, hot)
         else:
-            yield from settle(runtime, names, look=True)
+            yield from settle(runtime, names, look=hot)
         found: T = yield Blocking(lambda: runtime.cold(work))
         return found
 
@@ -494,25 +494,26 @@ def _read_settled(runtime: Runtime, names: Sequence[str] | None, work: Callable[
 
 
 def settle(
-    runtime: Runtime, names: Sequence[str], *, look: bool = False, timeout: float | None = None
+    runtime: Runtime, names: Sequence[str], *, look: tier.HotCalls | None = None, timeout: float | None = None
 ) -> Operation[None]:
     """See to it that PostgreSQL has everything journaled for some threads, whoever wrote it.
 
     Args:
         runtime: The open tiers.
         names: The threads.
-        look: Ask first whether there is anything to flush.
+        look: Ask first, in this generation, whether there is anything to flush.
         timeout: Seconds; `flush_timeout` if None.
 
     Raises:
+        HotTierUnavailableError: Redis is not trusted any more, so nobody knows what was journaled.
         ColdTierUnavailableError: PostgreSQL did not take it in time.
         ThreadQuarantinedError: PostgreSQL refused a record of the thread for good.
     """
-    if look:
+    if look is not None:
         waiting = []
         for name in names:
             # A Redis that lost its journal must not hide what this process still holds.
-            if runtime.backlog.holds(name) or (yield from _journal_length(runtime, name)):
+            if runtime.backlog.holds(name) or (yield from _journal_length(look, name)):
                 waiting.append(name)  # noqa: PERF401 - a comprehension cannot yield
         names = waiting
     if not names:
@@ -525,14 +526,14 @@ def settle(
         )
 
 
-def _journal_length(runtime: Runtime, thread_id: str) -> Operation[int]:
-    reply = yield runtime.calls.journal(thread_id, 0, 0)
+def _journal_length(hot: tier.HotCalls, thread_id: str) -> Operation[int]:
+    reply = yield hot.journal(thread_id, 0, 0, hot.generation)
     return int(reply[0])
 
 
-def settle_all(runtime: Runtime) -> Operation[None]:
+def settle_all(runtime: Runtime, hot: tier.HotCalls) -> Operation[None]:
     """See to it that PostgreSQL has everything that is journaled now, of all threads."""
-    names: list[str] = yield Blocking(lambda: tier.dirty_threads(runtime.client, runtime.calls.keyspace))
+    names: list[str] = yield Blocking(lambda: tier.dirty_threads(runtime.client, hot.keyspace, hot.generation))
     yield from settle(runtime, sorted({*names, *runtime.backlog.threads()}))
 
 
@@ -554,7 +555,7 @@ def wait_durable(runtime: Runtime, config: RunnableConfig, timeout: float | None
     seconds = runtime.config.flush_timeout if timeout is None else timeout
 
     def with_hot(hot: tier.HotCalls) -> Operation[bool]:
-        yield from settle(runtime, [position.thread_id], look=True, timeout=seconds)
+        yield from settle(runtime, [position.thread_id], look=hot, timeout=seconds)
         found: bool = yield Blocking(lambda: runtime.cold(lambda c: reader.exists(c, position)))
         return found
 
@@ -671,7 +672,7 @@ def quarantined_records(runtime: Runtime, thread_id: str) -> Operation[list[quar
 
     def with_hot(hot: tier.HotCalls) -> Operation[list[quarantine.QuarantinedRecord]]:
         with contextlib.suppress(ThreadQuarantinedError):
-            yield from settle(runtime, [name], look=True)
+            yield from settle(runtime, [name], look=hot)
         listed: list[quarantine.QuarantinedRecord] = yield Blocking(lambda: runtime.cold(work))
         return listed
 
@@ -709,6 +710,7 @@ def _maintain(
     left = dict(records)
     while left:
         journaled = {}
+        trusted = runtime.hot
         for name, record in left.items():
 
             def call(
@@ -725,7 +727,9 @@ def _maintain(
         left = journaled
         with suppress(HotTierUnavailableError):
             yield from settle(runtime, list(journaled))
-            left = {}
+            # Also if it was lost and found between the two, when a journal without them is as good as a flushed one.
+            if trusted is not None and runtime.hot is trusted:
+                left = {}
 
 
 def _thread_name(thread_id: object, what: str) -> str:

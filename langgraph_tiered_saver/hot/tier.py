@@ -237,9 +237,10 @@ class HotCalls:
             scripts.RUN_LEASE, (keys.shard,), (thread_id.encode(), self.generation, what, token, int(ttl * 1e6))
         )
 
-    def journal(self, thread_id: str, most_records: int, most_bytes: int) -> HotCall:
-        """Read a journal from its start."""
-        return HotCall(scripts.JOURNAL, (self.keyspace.thread(thread_id).journal,), (most_records, most_bytes))
+    def journal(self, thread_id: str, most_records: int, most_bytes: int, generation: int | None) -> HotCall:
+        """Read a journal from its start, in a generation; None: in whatever generation it is."""
+        keys = self.keyspace.thread(thread_id)
+        return HotCall(scripts.JOURNAL, (keys.journal, keys.shard), (most_records, most_bytes, generation or ""))
 
     def ack(self, thread_id: str, up_to: int) -> HotCall:
         """Trim a journal up to and including a sequence number."""
@@ -452,15 +453,23 @@ def acquire_sweep(client: SyncRedis, config: TieredConfig) -> bool:
         raise translate(error) from error
 
 
-def dirty_threads(client: SyncRedis, keyspace: Keyspace) -> list[str]:
-    """List every thread that has unflushed records, in one round trip."""
-    try:
-        pipeline = client.pipeline(transaction=False)
-        for shard in range(keyspace.shards):
-            pipeline.zrange(keyspace.dirty(shard), 0, -1)
-        return [name.decode() for names in pipeline.execute() for name in names]
-    except REDIS_ERRORS as error:
-        raise translate(error) from error
+def dirty_threads(client: SyncRedis, keyspace: Keyspace, generation: int | None) -> list[str]:
+    """List every thread that has unflushed records, in one round trip.
+
+    Args:
+        client: Client of the server.
+        keyspace: The installation's keys.
+        generation: The generation that it must be in; None: whatever it is in.
+
+    Raises:
+        HotTierUnavailableError: Redis cannot be reached, or is in another generation.
+        HotTierRejectedError: Redis refused.
+    """
+    calls = [
+        HotCall(scripts.DIRTY, (keyspace.dirty(shard), keyspace.shard(shard)), (generation or "",))
+        for shard in range(keyspace.shards)
+    ]
+    return [name.decode() for names in run_many(client, calls) for name in names]
 
 
 def check_server(client: SyncRedis, config: TieredConfig) -> bool:

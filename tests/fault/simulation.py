@@ -571,6 +571,11 @@ class World:
         """Empty Redis."""
         self.redis.flushdb()
 
+    def evict(self) -> None:
+        """Forget what is hot, as an eviction or a time to live does."""
+        if hot := self.redis.keys("*:hot:*"):
+            self.redis.delete(*hot)
+
     def restart(self, snapshot: Snapshot | None = None) -> None:
         """Restart Redis, with what it has or had."""
         self.run_id = f"run-{int(self.run_id[4:]) + 1}"

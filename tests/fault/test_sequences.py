@@ -13,7 +13,17 @@ from tests.fault.workers import Acked, Chain, address, values_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from langgraph_tiered_saver import TieredSaver
     from langgraph_tiered_saver.embedded import EmbeddedServers
+
+READS: dict[str, Callable[[TieredSaver, Acked], Any]] = {
+    # Each gives the newest checkpoint's id.
+    "the latest": lambda saver, _: saver.get_tuple(address("red")),
+    "one by its id": lambda saver, newest: saver.get_tuple(address("red", newest.checkpoint_id)),
+    "a list": lambda saver, _: next(saver.list(address("red"), limit=1), None),
+    "a list of everything": lambda saver, _: next(saver.list(None, limit=1), None),
+    "whether it is durable": lambda saver, newest: saver.wait_durable(address("red", newest.checkpoint_id)),
+}
 
 READ_STEPS = """
 SELECT (checkpoint -> 'channel_values' ->> 'step')::int AS step FROM checkpoints
@@ -158,6 +168,131 @@ def test_a_delete_leaves_what_came_after_it(world: World) -> None:
 
     settle(world)
     check_durable(world, acked)
+
+
+def hold(world: World) -> tuple[Process, Process, list[Acked]]:
+    """Let one process hold what the journal has and PostgreSQL has not; what is hot of it does not answer a read.
+
+    Returns:
+        That process, another one that trusts Redis, and what was acknowledged.
+    """
+    writer, other = world.start(), world.start()
+    line = chain(writer)
+    acked = [call(writer, line.put)]
+    writer.flushing().run()
+    world.evict()
+    acked.append(call(writer, line.put))
+    call(other, lambda: other.saver.get_tuple(address("green")))
+    return writer, other, acked
+
+
+@pytest.mark.parametrize("what", READS)
+def test_a_read_does_not_take_a_journal_that_is_gone_for_a_flushed_one(world: World, what: str) -> None:
+    """I6, I9: Redis is emptied, and keeps its run id, wherever a read or the flush that it waits for stands."""
+    # Chaos seed 1105: a flush that found no journal any more told the read that PostgreSQL has everything.
+    read = READS[what]
+    for calls_of_read, calls_of_flush in [*((cut, None) for cut in range(8)), *((None, cut) for cut in range(8))]:
+        world.begin()
+        _, reader, acked = hold(world)
+        task = reader.start("read", lambda acked=acked, reader=reader: read(reader.saver, acked[-1]))
+        task.run(calls_of_read)
+        if calls_of_flush is not None:
+            reader.flushing().run(calls_of_flush)
+
+        world.wipe()
+        reader.flushing().run()
+        reader.go_on()
+
+        for _ in range(10):
+            if not task.done:
+                world.pass_time(POLL)
+        assert task.done
+        if task.error is not None:
+            raise task.error
+        if what == "whether it is durable":
+            assert len(world.postgres.execute(READ_STEPS, ("red", "")).fetchall()) == len(acked)
+        else:
+            assert task.result is not None, "I7: it is there"
+            assert task.result.config == address("red", acked[-1].checkpoint_id)
+
+
+@pytest.mark.parametrize("noticed", [False, True])
+def test_a_prune_does_not_take_a_journal_that_is_gone_for_a_flushed_one(world: World, noticed: bool) -> None:
+    """I1: a prune whose journal Redis lost makes no record void that its writer still holds."""
+    _, pruner, acked = hold(world)
+    task = pruner.start("prune", lambda: pruner.saver.prune(["red"]))
+    task.run()
+    flush = pruner.flushing()
+    flush.run(0)
+    world.wipe()
+    if noticed:
+        # By another call, between the flush's plan and its look at the journal.
+        pruner.start("read", lambda: pruner.saver.get_tuple(address("other"))).run()
+        assert pruner.runtime.hot is None
+
+    flush.run()
+
+    settle(world)
+    assert task.done
+    check_durable(world, acked[-1:])
+
+
+def test_a_delete_is_not_given_up_unnoticed(world: World) -> None:
+    """I5: a delete that returns was executed, though Redis lost its journal before anybody asked for its flush."""
+    process = world.start(write_mode="through")
+    call(process, chain(process).put)
+    process.flushing().run()
+    task = process.start("delete", lambda: process.saver.delete_thread("red"))
+    task.run()
+    world.wipe()
+    process.start("read", lambda: process.saver.get_tuple(address("other"))).run()
+    while not process.runtime.backlog.uses_journal:
+        world.clock += POLL
+        process.beat()
+        process.checking().run()
+
+    task.run()
+    process.flushing().run()
+    process.go_on()
+
+    assert not (task.done and world.postgres.execute(READ_STEPS, ("red", "")).fetchall())
+    settle(world)
+    assert task.done
+    assert world.postgres.execute(READ_STEPS, ("red", "")).fetchall() == []
+
+
+def test_a_flush_that_asked_for_an_older_generation_ends_no_later_one(world: World) -> None:
+    """I8: what a flush hears of a generation that has ended, it holds against no other one."""
+    writer, reader, acked = hold(world)
+    reader.start("read", lambda: reader.saver.get_tuple(address("red"))).run()
+    flush = reader.flushing()
+    flush.run(0)
+    lose_redis(writer, reader)
+    for process in (writer, reader):
+        process.checking().run()
+        process.reaches_redis = True
+    writer.flushing().run()
+    while writer.runtime.hot is None:
+        world.clock += POLL
+        writer.beat()
+        reader.beat()
+        writer.checking().run()
+        writer.flushing().run()
+    reader.checking().run()
+    trusted = reader.runtime.hot
+    assert trusted is not None
+    assert trusted.generation == 2
+
+    later = reader.start("read", lambda: list(reader.saver.list(address("red"))))
+    later.run()
+    flush.run()
+    assert reader.runtime.hot is trusted
+
+    reader.flushing().run()
+    world.go_on()
+    assert reader.runtime.hot is trusted
+    assert later.done
+    assert [one.config for one in later.result] == [address("red", one.checkpoint_id) for one in reversed(acked)]
 
 
 def test_a_delta_needs_no_checkpoint_of_another_process(world: World) -> None:
