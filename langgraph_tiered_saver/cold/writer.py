@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -227,15 +227,19 @@ def write(
     Raises:
         psycopg.Error, BrokenDeltaError: nothing was written.
     """
-    # In pipeline mode the transaction costs three round trips instead of one for each statement.
+    # In pipeline mode the transaction costs three round trips instead of one for each statement. psycopg's own
+    # transaction blocks would add two, because they wait for their BEGIN and their COMMIT.
     pipelined = connection.pipeline() if psycopg.capabilities.has_pipeline() else nullcontext()
     locks = {entry.shard for entry in batch} | ({STORAGE_LOCK} if storage == "compact" else set())
-    with pipelined as pipeline:
-        with connection.transaction(), connection.cursor() as cursor:
-            set_timeouts(connection, statement_timeout)
-            cursor.execute(LOCK_SHARED, (LOCK_CLASS, sorted(locks)))
-            crash_points.reach("after_begin")
-            outcome = _write(cursor, batch, storage, recent, pipeline)
+    with _rolled_back_on_error(connection), pipelined as pipeline, connection.cursor() as cursor:
+        connection.execute("BEGIN")
+        set_timeouts(connection, statement_timeout)
+        cursor.execute(LOCK_SHARED, (LOCK_CLASS, sorted(locks)))
+        crash_points.reach("after_begin")
+        outcome = _write(cursor, batch, storage, recent, pipeline)
+        # What was refused before shows when results are fetched, at the latest when the pipeline ends; until then
+        # PostgreSQL discards everything behind it, this too.
+        connection.execute("COMMIT")
         # Behind the commit, in the round trip that ends the pipeline. A generation that was opened before the commit
         # without these records, while this process stood still in the transaction, is seen here. A lock that keeps the
         # opening waiting for the commit would let one process that stands still hold up all others.
@@ -244,6 +248,16 @@ def write(
         for channel, value in outcome.placed.recent.items():
             recent.put(channel, value)
     return Written(outcome.diverted, generations.of_row(current.fetchone()), outcome.lost)
+
+
+@contextmanager
+def _rolled_back_on_error(connection: Connection) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        if not connection.closed:
+            connection.rollback()
+        raise
 
 
 def write_locked(
