@@ -153,7 +153,7 @@ class HotCalls:
                 frame([channel.encode() for channel in encoded.removed]),
                 self._ttl,
                 self._namespaces_ttl,
-                int(encoded.has_delta_channels),
+                _delta_steps(encoded),
                 int(encoded.is_old_format),
                 seen_bit(position.thread_id, position.checkpoint_ns),
                 self._writer.name,
@@ -249,6 +249,16 @@ class HotCalls:
     def sweep(self, shard: int, grace: float, most_threads: int) -> HotCall:
         """Pick a shard's orphans; `grace` in seconds."""
         return HotCall(scripts.SWEEP, (self.keyspace.dirty(shard),), (int(grace * 1e6), most_threads))
+
+
+def _delta_steps(encoded: EncodedCheckpoint) -> bytes:
+    """Frame what `advance_history` is given."""
+    if not (encoded.has_delta_channels or encoded.delta_channels or encoded.has_no_channels):
+        return b""
+    parts = [b"%d" % encoded.has_delta_channels, b"%d" % encoded.has_no_channels]
+    for step in encoded.delta_channels:
+        parts += (step.channel.encode(), step.kind.value, step.version.encode())
+    return frame(parts)
 
 
 def appended(reply: Any) -> Appended | None:
