@@ -1,12 +1,13 @@
 """What delta channels are rebuilt from, as the hot tier keeps it.
 
-A `DeltaChannel` leaves its value in few checkpoints only; in between, it is rebuilt from the writes on ancestors. The hot
+A `DeltaChannel` leaves its value in few checkpoints; in between, it is rebuilt from the writes on ancestors. The hot
 tier keeps the last value that an ancestor of the hot checkpoint stores, and the writes on ancestors since then; see
 `hot/scripts/_history.lua`.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from enum import Enum
@@ -17,13 +18,48 @@ from langgraph.checkpoint.serde.base import SerializerProtocol
 
 from langgraph_tiered_saver import deltas
 from langgraph_tiered_saver.names import ThreadPosition, version_text
-from langgraph_tiered_saver.records import TypedValue, unframe, unpack_value
+from langgraph_tiered_saver.records import TypedValue, frame, pack_value, unframe, unpack_value
 from langgraph_tiered_saver.values import encodable
 
 # A version with a random part (which may be a short one, or have an exponent): no other branch has it.
 _WITH_RANDOM_PART = re.compile(r"\d{32}\.[\d.e-]{16,}")
 
+# Bounds of what is made hot again, the scripts' own.
+_MOST_BYTES, _MOST_WRITES, _FIELD_BYTES = 4 * 2**20, 4096, 16384
+
 _Write = tuple[str, TypedValue]  # task id, value
+
+
+class RawValue(NamedTuple):
+    """A stored value that was not deserialized."""
+
+    typed: TypedValue
+
+
+class RawSerializer:
+    """Makes the library's reader hand out stored bytes, so that one read serves the caller and the hot tier."""
+
+    def loads_typed(self, data: TypedValue) -> RawValue:
+        """Give the bytes."""
+        return RawValue(data)
+
+    def dumps_typed(self, obj: Any) -> TypedValue:
+        """Refuse; no reader of a history serializes."""
+        raise NotImplementedError
+
+
+class HistoryWarming(NamedTuple):
+    """What makes a history hot that was read from the cold tier.
+
+    Attributes:
+        position: The hot checkpoint.
+        sequence: Its last record's sequence number; empty if it was warmed itself.
+        channels: For each channel, what the script takes.
+    """
+
+    position: ThreadPosition
+    sequence: bytes
+    channels: list[bytes]
 
 
 class StepKind(Enum):
@@ -142,6 +178,86 @@ def _in_order(group: bytes) -> list[_Write]:
         writes.append((writes_sort_key(path.decode(), task_id, int(index)), value))
     writes.sort(key=lambda write: write[0])
     return [(key[1], unpack_value(value)) for key, value in writes]
+
+
+def warming(
+    position: ThreadPosition, fields: Mapping[bytes, bytes], generation: int, raw: Mapping[str, DeltaChannelHistory]
+) -> HistoryWarming | None:
+    """Give what makes a history hot that was read with a `RawSerializer`.
+
+    Args:
+        position: The checkpoint that it was read for.
+        fields: The hot hash, as it was before.
+        generation: The generation.
+        raw: What was read.
+
+    Returns:
+        None if the checkpoint is not hot, or nothing is to be kept.
+    """
+    checkpoint_id = fields.get(b"id")
+    if checkpoint_id != position.checkpoint_id.encode() or fields.get(b"g") != b"%d" % generation:
+        return None
+    if fields.get(b"u", b"") >= checkpoint_id:
+        return None
+    try:
+        checkpoint = json.loads(fields[b"c"])
+        values, versions = checkpoint.get("channel_values") or {}, checkpoint["channel_versions"]
+    except (LookupError, ValueError):
+        return None
+    channels = []
+    for channel, history in raw.items():
+        version = version_text(versions[channel]) if channel in versions else ""
+        seed = history.get("seed")
+        # An inlined value is none that any graph stores of a delta channel; nor are these versions made by us.
+        if values.get(channel) is not None or not (seed is None or isinstance(seed, RawValue)):
+            continue
+        if version and not _WITH_RANDOM_PART.fullmatch(version):
+            continue
+        parts = _parts(channel, history["writes"])
+        if parts is None:
+            continue
+        numbers = b"%d %d %d %d" % (
+            len(parts),
+            len(parts[-1]) if parts else 0,
+            sum(map(len, parts)),
+            len(history["writes"]),
+        )
+        has_seed, value = (b"1", pack_value(seed.typed)) if seed is not None else (b"", b"")
+        channels.append(frame([channel.encode(), version.encode(), has_seed, value, numbers, *parts]))
+    return HistoryWarming(position, fields.get(b"q", b""), channels) if channels else None
+
+
+def _parts(channel: str, writes: Sequence[tuple[str, str, Any]]) -> list[bytes] | None:
+    """Divide writes among fields, a group for each since their order is known; None if they are too many."""
+    parts: list[bytes] = []
+    if len(writes) > _MOST_WRITES:
+        return None
+    total = 0
+    for task_id, _, value in writes:
+        group = frame(
+            [frame([b"%b\0" % task_id.encode() + b"0", b"\0%b\0%b" % (channel.encode(), pack_value(value.typed))])]
+        )
+        total += len(group)
+        if total > _MOST_BYTES:
+            return None
+        if parts and len(parts[-1]) + len(group) <= _FIELD_BYTES:
+            parts[-1] += group
+        else:
+            parts.append(group)
+    return parts
+
+
+def load(serde: SerializerProtocol, raw: Mapping[str, DeltaChannelHistory]) -> dict[str, DeltaChannelHistory]:
+    """Deserialize what was read with a `RawSerializer`."""
+    found: dict[str, DeltaChannelHistory] = {}
+    for channel, history in raw.items():
+        found[channel] = {
+            "writes": [(task_id, name, serde.loads_typed(value.typed)) for task_id, name, value in history["writes"]]
+        }
+        if "seed" in history:
+            seed = history["seed"]
+            found[channel]["seed"] = serde.loads_typed(seed.typed) if isinstance(seed, RawValue) else seed
+    return found
 
 
 def hot_value(fields: Mapping[bytes, bytes], channel: bytes) -> TypedValue:

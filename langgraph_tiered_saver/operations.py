@@ -467,20 +467,46 @@ def delta_history(
 
     def with_hot(hot: tier.HotCalls) -> Operation[Mapping[str, DeltaChannelHistory]]:
         if position.checkpoint_id:
-            fields, _ = yield hot.get_by_id(thread_id, ns, position.checkpoint_id)
+            flat, _ = yield hot.get_by_id(thread_id, ns, position.checkpoint_id)
         else:
-            fields = yield hot.get(thread_id, ns)
-        if fields:
-            known = history.decode(serde, position, _pairs(fields), hot.generation, channels)
-            if known is not None:
-                runtime.counters.add("hot_hits")
-                return known
-            runtime.counters.add("hot_misses")
-        missed = yield from _settled(runtime, [thread_id], cold)
+            flat = yield hot.get(thread_id, ns)
+        if not flat:
+            found = yield from _settled(runtime, [thread_id], cold)
+            return found
+        fields = _pairs(flat)
+        known = history.decode(serde, position, fields, hot.generation, channels)
+        if known is not None:
+            runtime.counters.add("hot_hits")
+            return known
+        runtime.counters.add("hot_misses")
+        missed = yield from _miss_history(runtime, hot, serde, position, channels, fields)
         return missed
 
     found = yield from _read(runtime, with_hot, cold)
     return found
+
+
+def _miss_history(
+    runtime: Runtime,
+    hot: tier.HotCalls,
+    serde: SerializerProtocol,
+    position: ThreadPosition,
+    channels: Sequence[str],
+    fields: Mapping[bytes, bytes],
+) -> Operation[Mapping[str, DeltaChannelHistory]]:
+    """Settle the journal, read cold, and keep what was read with the hot checkpoint if nothing changed meanwhile."""
+    thread_id, target = position.thread_id, position.config()
+    runtime.pool.refuse_if_broken()
+    token = secrets.token_hex(8)
+    if (yield hot.lease(thread_id, position.checkpoint_ns, token)) or runtime.backlog.holds(thread_id):
+        yield from settle(runtime, [thread_id])
+    raw: Mapping[str, DeltaChannelHistory] = yield Blocking(
+        lambda: runtime.cold(lambda c: reader.read_delta_history(c, history.RawSerializer(), target, channels))
+    )
+    warming = history.warming(position, fields, hot.generation, raw)
+    if warming is not None:
+        yield hot.warm_history(thread_id, token, warming)
+    return history.load(serde, raw)
 
 
 def thread_ids(

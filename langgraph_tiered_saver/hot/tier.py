@@ -20,6 +20,7 @@ from langgraph_tiered_saver.errors import (
     TieredSaverError,
     stale_writer,
 )
+from langgraph_tiered_saver.history import HistoryWarming
 from langgraph_tiered_saver.hot import clients, scripts
 from langgraph_tiered_saver.hot.clients import AsyncRedis, SyncRedis
 from langgraph_tiered_saver.hot.cluster import is_cluster
@@ -212,6 +213,15 @@ class HotCalls:
             scripts.WARM,
             (keys.hot(checkpoint_ns), keys.namespaces, keys.seen, keys.shard),
             (token, checkpoint, self._ttl, self._namespaces_ttl, later_writes.encode(), bit, *writes),
+        )
+
+    def warm_history(self, thread_id: str, token: str, warming: HistoryWarming) -> HotCall:
+        """Keep what the cold tier knows of the hot checkpoint's history, if the lease still stands."""
+        keys, at = self.keyspace.thread(thread_id), warming.position
+        return HotCall(
+            scripts.WARM_HISTORY,
+            (keys.hot(at.checkpoint_ns), keys.shard),
+            (token, self.generation, at.checkpoint_id.encode(), warming.sequence, *warming.channels),
         )
 
     def maintain(self, thread_id: str, payload: bytes, *, supersedes: bool) -> HotCall:

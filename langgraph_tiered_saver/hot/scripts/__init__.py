@@ -6,8 +6,8 @@ import hashlib
 from dataclasses import dataclass
 from importlib.resources import files
 
-_USING_COMMON = frozenset({"put", "put_writes", "maintain", "warm", "lease", "run_lease", "run_leases"})
-_USING_HISTORY = frozenset({"put", "put_writes"})
+_USING_COMMON = frozenset({"put", "put_writes", "maintain", "warm", "lease", "run_lease", "run_leases", "warm_history"})
+_USING_HISTORY = frozenset({"put", "put_writes", "warm_history"})
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ PUT_WRITES = _load("put_writes")
 GET = _load("get")
 LEASE = _load("lease")
 WARM = _load("warm")
+WARM_HISTORY = _load("warm_history")
 MAINTAIN = _load("maintain")
 ACK = _load("ack")
 JOURNAL = _load("journal")

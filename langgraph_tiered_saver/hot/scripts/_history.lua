@@ -1,4 +1,4 @@
--- Shared by put and put_writes: what delta channels are rebuilt from; the loader puts it in front of them.
+-- Shared by put, put_writes and warm_history: what delta channels are rebuilt from. The loader puts it in front.
 --
 -- A hot hash's field h says what is known of that, and only while it names the hot checkpoint:
 --   {checkpoint, '1' = it is a root without channels,
@@ -30,6 +30,19 @@ local function forget_history(hot, channels)
   redis.call('HSET', hot, 'h', frame(parts))
 end
 
+-- Name the fields that an entry of h keeps.
+local function drop_history(hot, entries, i, stale)
+  local channel = entries[i]
+  local count = tonumber(string.match(entries[i + 4], '^%d+') or '0')
+  for n = 1, count do stale[#stale + 1] = 'h:' .. channel .. '\0' .. n end
+  -- With a version, it is a value again, and not a seed.
+  local now = entries[i + 3] == '1' and redis.call('HMGET', hot, 'v:' .. channel, 'd:' .. channel)
+  if now and not now[1] then
+    stale[#stale + 1], stale[#stale + 2] = 'b:' .. channel, 'd:' .. channel
+    for n = 1, tonumber(string.match(now[2] or '0', '^%d+')) do stale[#stale + 1] = 's:' .. channel .. '\0' .. n end
+  end
+end
+
 -- Give the parent's writes to some channels: the group of each, and how many they are.
 local function writes_of(hot, names, stem, channels)
   local groups, counts = {}, {}
@@ -50,33 +63,30 @@ local function writes_of(hot, names, stem, channels)
   return groups, counts
 end
 
--- Go from the hot checkpoint to the one that is put, or put again.
+-- Go from the hot checkpoint to the one that is put.
 -- step: id, parent and current (the hot one's id); known: what is hot of the current one is complete; writes: the names
 --   of its writes; given: {..., '1' = the new one has no channels, channel, what it stores of that ('v': a value,
 --   'n': none, of a new version, 'u': nothing new), version, channel, ...}
 -- Adds to fields and stale; returns the channels whose seed must stay.
 local function advance_history(hot, step, fields, stale)
-  local before, again = redis.call('HGET', hot, 'h'), step.id == step.current
+  local before = redis.call('HGET', hot, 'h')
   local old, given = before and unframe(before) or {}, step.given
-  local continues = (again or step.current == step.parent) and old[1] == step.current
-  local root = not again and step.parent == ''
+  local continues, root = step.current == step.parent and old[1] == step.current, step.parent == ''
   local at, made, waiting = {}, {}, {}
   for i = 3, #old, 5 do at[old[i]] = i end
   for i = 3, step.known and #given or 0, 3 do
     local channel, kind, version = given[i], given[i + 1], given[i + 2]
     local from = continues and at[channel]
     local last, last_version = from and old[from + 1], from and old[from + 2]
-    if root or (continues and not again and not from and old[2] == '1') then last, last_version = 'R', '' end
+    if root or (continues and not from and old[2] == '1') then last, last_version = 'R', '' end
     if kind == 'v' or (kind == 'u' and last == 'V' and last_version == version) then
       made[channel] = {kind = 'V', version = version}
-    elseif again and last == 'V' then
-      -- The value is gone, and what was before it is not known.
-    elseif last and last ~= '' and ((kind == 'n' and not again) or last_version == version) then
+    elseif last and last ~= '' and (kind == 'n' or last_version == version) then
       local numbers = last == 'H' and {string.match(old[from + 4], '^(%d+) (%d+) (%d+) (%d+)$')} or {0, 0, 0, 0}
       for n = 1, 4 do numbers[n] = tonumber(numbers[n]) end
       local seed = (last == 'V' and '1') or (last == 'H' and old[from + 3]) or ''
       made[channel] = {kind = 'H', version = version, seed = seed, numbers = numbers, continues = last == 'H'}
-      waiting[channel] = not again and not root or nil
+      waiting[channel] = not root or nil
     end
   end
 
@@ -106,17 +116,7 @@ local function advance_history(hot, step, fields, stale)
   end
 
   for i = 3, #old, 5 do
-    local channel = old[i]
-    if not (made[channel] and made[channel].continues) then
-      local count = tonumber(string.match(old[i + 4], '^%d+') or '0')
-      for n = 1, count do stale[#stale + 1] = 'h:' .. channel .. '\0' .. n end
-      -- With a version, it is a value again, and not a seed.
-      local now = old[i + 3] == '1' and redis.call('HMGET', hot, 'v:' .. channel, 'd:' .. channel)
-      if now and not now[1] then
-        stale[#stale + 1], stale[#stale + 2] = 'b:' .. channel, 'd:' .. channel
-        for n = 1, tonumber(string.match(now[2] or '0', '^%d+')) do stale[#stale + 1] = 's:' .. channel .. '\0' .. n end
-      end
-    end
+    if not (made[old[i]] and made[old[i]].continues) then drop_history(hot, old, i, stale) end
   end
 
   local bare = step.known and root and given[2] == '1'
