@@ -25,7 +25,7 @@ from langgraph.checkpoint.base import (
 )
 from langgraph.checkpoint.serde.base import SerializerProtocol
 
-from langgraph_tiered_saver import codec, crash_points
+from langgraph_tiered_saver import codec, crash_points, history
 from langgraph_tiered_saver.backlog import Ticket
 from langgraph_tiered_saver.cold import maintenance, quarantine, reader, retention, threads
 from langgraph_tiered_saver.cold.pool import Connection
@@ -455,15 +455,60 @@ def list_page(
 def delta_history(
     runtime: Runtime, serde: SerializerProtocol, config: RunnableConfig, channels: Sequence[str]
 ) -> Operation[Mapping[str, DeltaChannelHistory]]:
-    """Collect delta channels' writes, once PostgreSQL has everything of the thread."""
+    """Collect delta channels' writes: one round trip if all of the hot checkpoint's are hot.
+
+    Else they are collected once PostgreSQL has everything of the thread.
+    """
     position = position_of(config, what="get_delta_channel_history")
     if not channels:
         return {}
-    target = position.config()
-    found = yield from _read_settled(
-        runtime, [position.thread_id], lambda c: reader.read_delta_history(c, serde, target, channels)
-    )
+    thread_id, ns, target = position.thread_id, position.checkpoint_ns, position.config()
+
+    def cold(connection: Connection) -> Mapping[str, DeltaChannelHistory]:
+        return reader.read_delta_history(connection, serde, target, channels)
+
+    def with_hot(hot: tier.HotCalls) -> Operation[Mapping[str, DeltaChannelHistory]]:
+        if position.checkpoint_id:
+            flat, _ = yield hot.get_by_id(thread_id, ns, position.checkpoint_id)
+        else:
+            flat = yield hot.get(thread_id, ns)
+        if not flat:
+            found = yield from _settled(runtime, hot, [thread_id], cold)
+            return found
+        fields = _pairs(flat)
+        known = history.decode(serde, position, fields, hot.generation, channels)
+        if known is not None:
+            runtime.counters.add("hot_hits")
+            return known
+        runtime.counters.add("hot_misses")
+        missed = yield from _miss_history(runtime, hot, serde, position, channels, fields)
+        return missed
+
+    found = yield from _read(runtime, with_hot, cold)
     return found
+
+
+def _miss_history(
+    runtime: Runtime,
+    hot: tier.HotCalls,
+    serde: SerializerProtocol,
+    position: ThreadPosition,
+    channels: Sequence[str],
+    fields: Mapping[bytes, bytes],
+) -> Operation[Mapping[str, DeltaChannelHistory]]:
+    """Settle the journal, read cold, and keep what was read with the hot checkpoint if nothing changed meanwhile."""
+    thread_id, target = position.thread_id, position.config()
+    runtime.pool.refuse_if_broken()
+    token = secrets.token_hex(8)
+    if (yield hot.lease(thread_id, position.checkpoint_ns, token)) or runtime.backlog.holds(thread_id):
+        yield from settle(runtime, [thread_id])
+    raw: Mapping[str, DeltaChannelHistory] = yield Blocking(
+        lambda: runtime.cold(lambda c: reader.read_delta_history(c, history.RawSerializer(), target, channels))
+    )
+    warming = history.warming(position, fields, hot.generation, raw)
+    if warming is not None:
+        yield hot.warm_history(thread_id, token, warming)
+    return history.load(serde, raw)
 
 
 def thread_ids(
@@ -476,18 +521,21 @@ def thread_ids(
 
 def _read_settled(runtime: Runtime, names: Sequence[str] | None, work: Callable[[Connection], T]) -> Operation[T]:
     """Read from PostgreSQL once that has everything of some threads (None: of all)."""
-
-    def with_hot(hot: tier.HotCalls) -> Operation[T]:
-        runtime.pool.refuse_if_broken()
-        if names is None:
-            yield from settle_all(runtime, hot)
-        else:
-            yield from settle(runtime, names, look=hot)
-        found: T = yield Blocking(lambda: runtime.cold(work))
-        return found
-
-    answer = yield from _read(runtime, with_hot, work)
+    answer = yield from _read(runtime, lambda hot: _settled(runtime, hot, names, work), work)
     return answer
+
+
+def _settled(
+    runtime: Runtime, hot: tier.HotCalls, names: Sequence[str] | None, work: Callable[[Connection], T]
+) -> Operation[T]:
+    """Settle first, then read."""
+    runtime.pool.refuse_if_broken()
+    if names is None:
+        yield from settle_all(runtime, hot)
+    else:
+        yield from settle(runtime, names, look=hot)
+    found: T = yield Blocking(lambda: runtime.cold(work))
+    return found
 
 
 # --- flushing on demand ------------------------------------------------------------------------------------------

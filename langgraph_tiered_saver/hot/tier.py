@@ -20,6 +20,7 @@ from langgraph_tiered_saver.errors import (
     TieredSaverError,
     stale_writer,
 )
+from langgraph_tiered_saver.history import HistoryWarming
 from langgraph_tiered_saver.hot import clients, scripts
 from langgraph_tiered_saver.hot.clients import AsyncRedis, SyncRedis
 from langgraph_tiered_saver.hot.cluster import is_cluster
@@ -153,7 +154,7 @@ class HotCalls:
                 frame([channel.encode() for channel in encoded.removed]),
                 self._ttl,
                 self._namespaces_ttl,
-                int(encoded.has_delta_channels),
+                _delta_steps(encoded),
                 int(encoded.is_old_format),
                 seen_bit(position.thread_id, position.checkpoint_ns),
                 self._writer.name,
@@ -214,6 +215,15 @@ class HotCalls:
             (token, checkpoint, self._ttl, self._namespaces_ttl, later_writes.encode(), bit, *writes),
         )
 
+    def warm_history(self, thread_id: str, token: str, warming: HistoryWarming) -> HotCall:
+        """Keep what the cold tier knows of the hot checkpoint's history, if the lease still stands."""
+        keys, at = self.keyspace.thread(thread_id), warming.position
+        return HotCall(
+            scripts.WARM_HISTORY,
+            (keys.hot(at.checkpoint_ns), keys.shard),
+            (token, self.generation, at.checkpoint_id.encode(), warming.sequence, *warming.channels),
+        )
+
     def maintain(self, thread_id: str, payload: bytes, *, supersedes: bool) -> HotCall:
         """Journal an operation that removes or copies rows, and drop the thread's hot state."""
         keys = self.keyspace.thread(thread_id)
@@ -250,6 +260,16 @@ class HotCalls:
     def sweep(self, shard: int, grace: float, most_threads: int) -> HotCall:
         """Pick a shard's orphans; `grace` in seconds."""
         return HotCall(scripts.SWEEP, (self.keyspace.dirty(shard),), (int(grace * 1e6), most_threads))
+
+
+def _delta_steps(encoded: EncodedCheckpoint) -> bytes:
+    """Frame what `advance_history` is given."""
+    if not (encoded.has_delta_channels or encoded.delta_channels or encoded.has_no_channels):
+        return b""
+    parts = [b"%d" % encoded.has_delta_channels, b"%d" % encoded.has_no_channels]
+    for step in encoded.delta_channels:
+        parts += (step.channel.encode(), step.kind.value, step.version.encode())
+    return frame(parts)
 
 
 def appended(reply: Any) -> Appended | None:

@@ -31,11 +31,12 @@ from langgraph_tiered_saver.cold.pool import ColdPool
 from langgraph_tiered_saver.health import InstanceGuard
 from langgraph_tiered_saver.hot import scripts
 from langgraph_tiered_saver.hot.keys import Keyspace
+from langgraph_tiered_saver.hot.lanes import LaneClient
 from langgraph_tiered_saver.runtime import Runtime
 from tests.fault.stack import RedisServer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from langgraph_tiered_saver.operations import Wait
 
@@ -210,9 +211,21 @@ class _RedisLine:
         return cast("dict[str, Any]", self._call(f"INFO {section}", lambda _: known))
 
     def execute_command(self, *arguments: Any) -> Any:
-        names = {script.digest: script.name for script in vars(scripts).values() if isinstance(script, scripts.Script)}
-        what = names.get(arguments[1], str(arguments[0])) if len(arguments) > 1 else str(arguments[0])
-        return self._call(what, lambda client: client.execute_command(*arguments))
+        return self._call(_name_of(arguments), lambda client: client.execute_command(*arguments))
+
+    def exchange(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+        def exchange(client: redis.Redis) -> list[Any]:
+            lane = LaneClient(connection_pool=client.connection_pool)
+            try:
+                return lane.exchange(commands)
+            finally:
+                lane.give_back()
+
+        replies: list[Any] = self._call("+".join(map(_name_of, commands)), exchange)
+        return replies
+
+    def give_back(self) -> None:
+        pass
 
     def __getattr__(self, name: str) -> Any:
         if not callable(getattr(redis.Redis, name, None)):
@@ -226,6 +239,12 @@ class _RedisLine:
 
     def close(self) -> None:
         pass
+
+
+def _name_of(arguments: Sequence[Any]) -> str:
+    """Name a command, or the script that it calls."""
+    names = {script.digest: script.name for script in vars(scripts).values() if isinstance(script, scripts.Script)}
+    return names.get(arguments[1], str(arguments[0])) if len(arguments) > 1 else str(arguments[0])
 
 
 class _Pipeline:
