@@ -151,8 +151,7 @@ def read_checkpoint(
     def look(connection: Connection) -> DictRow | None:
         nonlocal later
         if found is None:
-            refuse_quarantined(connection, position.thread_id)
-            return None
+            return _look(connection, thread_id=position.thread_id)
         checkpoint_id = found.config["configurable"]["checkpoint_id"]
         at = (position.thread_id, position.thread_id, position.checkpoint_ns, checkpoint_id)
         later = connection.execute(READ_LATER_WRITES, at).fetchone()

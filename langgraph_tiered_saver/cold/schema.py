@@ -128,7 +128,8 @@ def setup(
                 connection.execute(sql.SQL("CREATE SCHEMA IF NOT EXISTS {}").format(schema))
         if repair:
             # Every migration of either list may run again on what is there.
-            connection.execute("DROP TABLE IF EXISTS checkpoint_migrations, tiered_migrations")
+            for table in ("checkpoint_migrations", "tiered_migrations"):
+                _empty(connection, table)
         PostgresSaver(connection).setup()
         connection.execute("CREATE TABLE IF NOT EXISTS tiered_migrations (v INTEGER PRIMARY KEY)")
         row = connection.execute("SELECT coalesce(max(v), -1) AS v FROM tiered_migrations").fetchone()
@@ -188,6 +189,13 @@ def _lock(connection: Connection, timeout: float) -> None:
                 "by this one; try again, or end the session that holds the advisory lock."
             )
         time.sleep(random.uniform(*_LOCK_POLL))  # noqa: S311 - jitter
+
+
+def _empty(connection: Connection, table: str) -> None:
+    """Empty a table, if it is there; a view may depend on it."""
+    row = connection.execute("SELECT to_regclass(%s) IS NOT NULL AS there", (table,)).fetchone()
+    if row is not None and row["there"]:
+        connection.execute(sql.SQL("DELETE FROM {}").format(sql.Identifier(table)))
 
 
 def _schema_exists(connection: Connection, name: str) -> bool:

@@ -49,25 +49,54 @@ ON CONFLICT (name) DO UPDATE SET value = 'compact' WHERE tiered_state.value <> '
 # Only for the current transaction, so that a pooled connection never keeps it.
 _ENTER = "SELECT set_config('search_path', %s, true), set_config('tiered.raw', 'on', true)"
 
-# The layout is that of `deltas.HEADER`; the digest, in the bytes from 25 to 32, cannot be checked here.
-_APPLY = """
-CREATE OR REPLACE FUNCTION {schema}.tiered_apply(base bytea, delta bytea) RETURNS bytea
+# Applies deltas one after another to the first piece, which is whole. The layout is that of `deltas.HEADER`; the
+# digest, in the bytes from 25 to 32, cannot be checked here. A delta that appends, as nearly all do, adds to the tails
+# only, so that a chain of them copies the value once instead of once for each: 1 ms instead of 70 for 60 deltas of
+# 300 KB.
+_FOLD = """
+CREATE OR REPLACE FUNCTION {schema}.tiered_fold(pieces bytea[]) RETURNS bytea
 LANGUAGE plpgsql IMMUTABLE STRICT PARALLEL SAFE AS $$
 DECLARE
-    header bit(192) := ('x' || encode(substr(delta, 1, 24), 'hex'))::bit(192);
-    head int := substring(header, 1, 32)::int;
+    head bytea := '';
+    body bytea := pieces[1];
+    tails bytea[] := '{{}}';
+    size int := octet_length(body);
+    delta bytea;
+    header bit(192);
+    heads int;
+    first_at int;
+    first int;
+    second_at int;
+    second int;
 BEGIN
-    RETURN substr(delta, 33, head)
-        || substr(base, substring(header, 33, 32)::int + 1, substring(header, 65, 32)::int)
-        || substr(delta, 33 + head)
-        || substr(base, substring(header, 97, 32)::int + 1, substring(header, 129, 32)::int);
+    FOR number IN 2 .. cardinality(pieces) LOOP
+        delta := pieces[number];
+        header := ('x' || encode(substr(delta, 1, 24), 'hex'))::bit(192);
+        heads := substring(header, 1, 32)::int;
+        first_at := substring(header, 33, 32)::int;
+        first := substring(header, 65, 32)::int;
+        second_at := substring(header, 97, 32)::int;
+        second := substring(header, 129, 32)::int;
+        IF second = 0 AND first_at + first = size AND first_at = octet_length(head) THEN
+            tails := array_append(tails, substr(delta, 33 + heads));
+        ELSIF second = 0 AND first_at + first = size AND number = 2 THEN
+            body := substr(body, first_at + 1);
+            tails := array_append(tails, substr(delta, 33 + heads));
+        ELSE
+            body := head || body || (
+                SELECT coalesce(string_agg(t.piece, '' ORDER BY t.number), '')
+                FROM unnest(tails) WITH ORDINALITY AS t (piece, number));
+            body := substr(body, first_at + 1, first) || substr(delta, 33 + heads)
+                || substr(body, second_at + 1, second);
+            tails := '{{}}';
+        END IF;
+        head := substr(delta, 33, heads);
+        size := substring(header, 161, 32)::int;
+    END LOOP;
+    RETURN head || body || (
+        SELECT coalesce(string_agg(t.piece, '' ORDER BY t.number), '')
+        FROM unnest(tails) WITH ORDINALITY AS t (piece, number));
 END $$"""
-
-# Applies deltas one after another; the first value is whole.
-_FOLD = """
-CREATE OR REPLACE AGGREGATE {schema}.tiered_fold(bytea) (
-    sfunc = {schema}.tiered_apply, stype = bytea, parallel = safe
-)"""
 
 # A chain from a version down to a whole value. Its names are resolved when a function is made, whatever the
 # search_path is when it runs.
@@ -92,7 +121,7 @@ CREATE OR REPLACE FUNCTION {schema}.tiered_whole(thread_id text, checkpoint_ns t
 RETURNS bytea LANGUAGE sql STABLE STRICT PARALLEL SAFE
 BEGIN ATOMIC
     {chain}
-    SELECT CASE WHEN bool_or(is_whole) THEN {schema}.tiered_fold(data ORDER BY step DESC) END FROM pieces;
+    SELECT CASE WHEN bool_or(is_whole) THEN {schema}.tiered_fold(array_agg(data ORDER BY step DESC)) END FROM pieces;
 END""".replace("{chain}", _CHAIN_OF)
 
 # The same pieces, each with its length in front, for Python.
@@ -200,7 +229,7 @@ def create_views(connection: Connection) -> str:
     with connection.transaction():
         if not connection.execute("SELECT 1 AS one FROM pg_namespace WHERE nspname = %s", (name,)).fetchone():
             connection.execute(sql.SQL("CREATE SCHEMA {views}").format(**names))
-        for statement in (_APPLY, _FOLD, _WHOLE, _PIECES, *_VIEWS, *_READ_ONLY):
+        for statement in (_FOLD, _WHOLE, _PIECES, *_VIEWS, *_READ_ONLY):
             connection.execute(sql.SQL(statement).format(**names))
         connection.execute(_RECORD_VIEWS, (name,))
     return name
@@ -208,8 +237,8 @@ def create_views(connection: Connection) -> str:
 
 # --- reading ---------------------------------------------------------------------------------------------------------
 
-# The connections on which deltas may be met, with the views' schema. That there are none is found out after each read:
-# a delta and the mark that there are some become visible together.
+# The connections on which deltas may be met, with the views' schema. Whether that was right is found out after each
+# read: a delta and the mark that there are some become visible together. A user's pool may serve several schemas.
 _views: WeakKeyDictionary[Connection, str] = WeakKeyDictionary()
 
 
@@ -235,9 +264,13 @@ def read(
             with _through_views(connection, views):
                 found = work(connection)
         row = look(connection)
-        if views is not None or not row or row["storage"] != "compact" or row["views"] is None:
+        right = row["views"] if row and row["storage"] == "compact" else None
+        if right == views:
             return found
-        _views[connection] = row["views"]
+        if right is None:
+            del _views[connection]
+        else:
+            _views[connection] = right
 
 
 @contextmanager

@@ -737,6 +737,57 @@ def test_a_pooled_connection_keeps_no_other_search_path(
         assert (after["path"], after["raw"] or None) == (before["path"], None)  # type: ignore[index]
 
 
+@pytest.mark.parametrize("dropped", ["SCHEMA public_whole", "TABLE checkpoints, tiered_deltas"])
+def test_views_that_somebody_dropped_are_made_again(
+    make_saver: Callable[..., TieredSaver], postgres_url: str, dropped: str
+) -> None:
+    """I7: without its views, compact storage is not read as if there were no deltas; they are made anew."""
+    with database_of(make_saver, postgres_url, "compact") as database:
+        saver = make_saver(sweep_interval=0)
+        talk = conversation(steps=6)
+        database.write(talk, storage="compact")
+        assert len(list(saver.list({"configurable": {"thread_id": "talk"}}))) == 6
+
+        database.execute(f"DROP {dropped} CASCADE")
+
+        database.connection.execute("DISCARD ALL")
+        found = list(saver.list({"configurable": {"thread_id": "talk"}}))
+        assert len(found) == (6 if "SCHEMA" in dropped else 0)
+        if "TABLE" in dropped:
+            database.execute("DELETE FROM tiered_threads")
+            database.write(talk, storage="compact")
+        assert database.found(talk) == talk.values
+
+
+def test_one_pool_may_serve_several_schemas(postgres_url: str, redis_url: str, key_prefix: str) -> None:
+    """I7: a connection that has read one schema's views reads another schema's tables, and back."""
+    from psycopg_pool import ConnectionPool
+
+    from langgraph_tiered_saver import TieredConfig, TieredSaver
+
+    with (
+        ConnectionPool(postgres_url, min_size=1, max_size=2, kwargs={"autocommit": True}) as pool,
+        redis.Redis.from_url(redis_url) as client,
+    ):
+        savers = {}
+        for mode in STORAGES:
+            config = TieredConfig(key_prefix=f"{key_prefix}-{mode}", postgres_schema=mode, storage=mode,
+                                  sweep_interval=0)  # fmt: skip
+            savers[mode] = TieredSaver(client, pool, config=config)  # type: ignore[call-arg,arg-type]
+            savers[mode].setup()
+            with psycopg.connect(postgres_url, autocommit=True, row_factory=dict_row) as connection:
+                connection.execute(f"SET search_path = {mode}")
+                talk = conversation(f"talk in {mode}", 5)
+                entry = writer.ThreadRecords(talk.thread_id, 0, talk.records)
+                writer.write(connection, [entry], statement_timeout=60, storage=mode)  # type: ignore[arg-type]
+        for mode in (*STORAGES, *STORAGES):
+            for name in STORAGES:
+                found = savers[mode].get_tuple({"configurable": {"thread_id": f"talk in {name}"}})
+                assert (found is not None) == (name == mode)
+        for saver in savers.values():
+            saver.close()
+
+
 # --- converting ------------------------------------------------------------------------------------------------------
 
 
