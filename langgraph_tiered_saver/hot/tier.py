@@ -607,27 +607,54 @@ def check_meta(meta: Mapping[str, str], keyspace: Keyspace | None) -> None:
         )
 
 
-def prepare(client: SyncRedis, keyspace: Keyspace, generation: int, clock_floor: int) -> None:
-    """Prepare every shard and the metadata for a generation.
+@dataclass(frozen=True)
+class Preparation:
+    """Redis as it was prepared for a generation, which it enters only if it is still that.
+
+    Attributes:
+        generation: The generation.
+        member: The process that prepared it.
+        instances: Run ids of its servers then.
+    """
+
+    generation: int
+    member: str
+    instances: frozenset[str]
+
+
+def prepare(client: SyncRedis, keyspace: Keyspace, generation: int, clock_floor: int, member: str) -> Preparation:
+    """Prepare every shard for a generation.
 
     Args:
         client: Client of the server.
         keyspace: The installation's keys.
         generation: The generation.
         clock_floor: No sequence number will be less than this one.
+        member: This process. Its mark is on each shard until somebody opens a generation, however often it prepares.
 
     Raises:
         HotTierUnavailableError, HotTierRejectedError: it is not done everywhere; it can be repeated.
     """
-    run_many(
-        client,
-        [HotCall(scripts.OPEN, (keyspace.shard(s),), (generation, clock_floor)) for s in range(keyspace.shards)],
-    )
+    prepared = Preparation(generation, member, instances_of(client))
+    arguments = generation, clock_floor, member
+    run_many(client, [HotCall(scripts.PREPARE, (keyspace.shard(s),), arguments) for s in range(keyspace.shards)])
+    return prepared
+
+
+def enter(client: SyncRedis, keyspace: Keyspace, prepared: Preparation) -> None:
+    """Let every shard, and the metadata, enter a generation; of those who prepared it, only one may.
+
+    Raises:
+        HotTierUnavailableError: Redis cannot be reached, or was emptied since it was prepared.
+        HotTierRejectedError: it is not done everywhere.
+    """
+    arguments = prepared.generation, prepared.member
+    run_many(client, [HotCall(scripts.OPEN, (keyspace.shard(s),), arguments) for s in range(keyspace.shards)])
     meta = {
         "format": FORMAT,
         "shards": str(keyspace.shards),
-        "generation": str(generation),
-        "instances": ",".join(sorted(instances_of(client))),
+        "generation": str(prepared.generation),
+        "instances": ",".join(sorted(prepared.instances)),
     }
     try:
         client.hset(meta_key(keyspace.prefix), mapping=meta)
@@ -658,10 +685,7 @@ def restore_run_leases(
 
 def record_opened(client: SyncRedis, prefix: str, generation: int) -> None:
     """Record that a generation is open, for processes that begin while PostgreSQL cannot tell them."""
-    try:
-        client.hset(meta_key(prefix), "opened", str(generation))
-    except REDIS_ERRORS as error:
-        raise translate(error) from error
+    run(client, HotCall(scripts.RECORD_OPENED, (meta_key(prefix),), (generation,)))
 
 
 def acquire_filling(client: SyncRedis, prefix: str) -> bool:

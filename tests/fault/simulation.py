@@ -284,7 +284,11 @@ class _PostgresLine(ColdPool):
         outcome = self._process.stop("postgres")
         if outcome is Outcome.LOST or not self._is_there():
             raise psycopg.OperationalError("connection refused")
-        yield world.postgres
+        self._process.is_in_transaction = True
+        try:
+            yield world.postgres
+        finally:
+            self._process.is_in_transaction = False
         world.writes += 1
         self._process.stop("postgres is answered")
         if outcome in (Outcome.UNANSWERED, Outcome.TWICE):
@@ -334,6 +338,7 @@ class Process:
         tasks: What it is doing.
         is_alive: It was not killed.
         is_stalled: It was stopped, and nothing of it runs.
+        is_in_transaction: It is using the connection to PostgreSQL.
         reaches_redis: Redis is there for it.
         reaches_postgres: PostgreSQL is there for it.
         heard: When it last learned from PostgreSQL how things are, by the world's clock.
@@ -344,6 +349,7 @@ class Process:
         self.world, self.name = world, name
         self.tasks: list[Task] = []
         self.is_alive, self.is_stalled = True, False
+        self.is_in_transaction = False
         self.reaches_redis = self.reaches_postgres = True
         self.heard = world.clock
         config = TieredConfig(**{**world.settings, **settings})
@@ -361,9 +367,12 @@ class Process:
         self.saver._initialise(lambda: self.runtime, config, None)
 
     def stop(self, at: str) -> Outcome:
-        """Let the running task stop before a call."""
+        """Let the running task stop before a call.
+
+        Not before one to Redis that is made within a transaction: there is one connection to PostgreSQL for all.
+        """
         task = Task.current()
-        outcome = Outcome.ARRIVES if task is None else task.stop(at)
+        outcome = Outcome.ARRIVES if task is None or self.is_in_transaction else task.stop(at)
         if task is not None:
             self.world.trace.append(f"{self.name} {task.name}: {at} {outcome.value}")
         return outcome
