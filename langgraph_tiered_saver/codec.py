@@ -29,6 +29,7 @@ from langgraph.checkpoint.serde.types import _DeltaSnapshot
 
 from langgraph_tiered_saver import deltas
 from langgraph_tiered_saver.errors import InvalidInputError, SerializationError
+from langgraph_tiered_saver.history import DeltaStep, StepKind, delta_steps, hot_value
 from langgraph_tiered_saver.names import (
     ThreadPosition,
     check_index_entry,
@@ -45,8 +46,8 @@ from langgraph_tiered_saver.records import (
     TypedValue,
     WritesRecord,
     pack_value,
-    unpack_value,
 )
+from langgraph_tiered_saver.reuse import ElementReuse
 from langgraph_tiered_saver.values import NUL_ESCAPE, dump, encrypts, holds_nul, inlinable, is_json, storable, to_json
 
 # Shorter values cost less to send than to compare.
@@ -73,6 +74,8 @@ class EncodedCheckpoint:
         blob_count: How many blobs a complete checkpoint has.
         stored: What may be the base of deltas, once it is acknowledged.
         has_delta_channels: The graph has a `DeltaChannel`, whose value is not in every checkpoint.
+        delta_channels: What is stored of these here, for the history they are rebuilt from.
+        has_no_channels: Nothing is stored here; LangGraph begins with such a checkpoint if it has only writes to keep.
         is_old_format: The parent's writes may hold pending sends that belong to this checkpoint.
     """
 
@@ -86,6 +89,8 @@ class EncodedCheckpoint:
     blob_count: int
     stored: dict[str, StoredValue]
     has_delta_channels: bool
+    delta_channels: list[DeltaStep]
+    has_no_channels: bool
     is_old_format: bool
     _serde: SerializerProtocol
     _values: Mapping[str, Any] = field(repr=False)
@@ -126,6 +131,10 @@ class EncodedCheckpoint:
         """Keep the values that the next step's deltas are made to; to be called when this one is acknowledged."""
         for channel, value in self.stored.items():
             recent.put(ChannelKey(self.position.thread_id, self.position.checkpoint_ns, channel), value)
+        for step in self.delta_channels:
+            # The hot tier makes no deltas to a value that is not the latest version.
+            if step.kind is StepKind.MOVED:
+                recent.drop(ChannelKey(self.position.thread_id, self.position.checkpoint_ns, step.channel))
 
 
 def encode_checkpoint(
@@ -135,6 +144,7 @@ def encode_checkpoint(
     metadata: CheckpointMetadata,
     new_versions: ChannelVersions,
     recent: RecentValues | None = None,
+    reuse: ElementReuse | None = None,
 ) -> EncodedCheckpoint:
     """Encode the arguments of `put`; serializes the changed channels only.
 
@@ -145,6 +155,7 @@ def encode_checkpoint(
         metadata: Its metadata.
         new_versions: The changed channels.
         recent: The values stored last, which deltas are made to; None for whole values.
+        reuse: Knows the bytes of messages that were serialized before.
 
     Raises:
         InvalidInputError: no thread_id, or a name that cannot be stored.
@@ -168,10 +179,13 @@ def encode_checkpoint(
     blob_count = 0
     with_value = set()
     stored: dict[str, StoredValue] = {}
+    counters: object = metadata.get("counters_since_delta_snapshot")
+    delta_names: set[Any] = set(counters) if isinstance(counters, Mapping) else set()
     for channel, value in values.items():
         if isinstance(value, _DeltaSnapshot):
             # The marker that the library's reader and prune recognise a snapshot by.
             inlined[channel] = True
+            delta_names.add(channel)
         elif inline and inlinable(value):
             inlined[channel] = value
             continue
@@ -179,7 +193,7 @@ def encode_checkpoint(
             version = version_text(new_versions[channel])
             check_index_entry(parent.thread_id, parent.checkpoint_ns, check_readable(channel, "channel"), version)
             try:
-                typed = dump(serde, channel, value)
+                typed = dump(serde, channel, value, reuse)
             except SerializationError:
                 if not (inline and isinstance(value, (str, int, float)) and is_json(value)):
                     raise
@@ -199,6 +213,7 @@ def encode_checkpoint(
         elif inline and isinstance(value, (str, int, float)) and is_json(value):
             inlined[channel] = value
     removed = [channel for channel in new_versions if channel not in with_value]
+    with_value.update(channel for channel, _ in unchanged)
     return EncodedCheckpoint(
         ThreadPosition(parent.thread_id, parent.checkpoint_ns, checkpoint_id),
         parent.checkpoint_id,
@@ -210,6 +225,8 @@ def encode_checkpoint(
         blob_count,
         stored,
         "counters_since_delta_snapshot" in metadata,
+        delta_steps(delta_names, values, with_value, versions, new_versions) if delta_names else [],
+        not versions and not values,
         checkpoint["v"] < FORMAT_WITH_SENDS,
         serde,
         values,
@@ -307,7 +324,7 @@ def decode_hot(
         text = version_text(version)
         if fields.get(b"v:" + key) == text.encode():
             try:
-                typed = _hot_value(fields, key)
+                typed = hot_value(fields, key)
             except (LookupError, ValueError):
                 return None
             if recent is not None and b"d:" + key in fields:
@@ -327,16 +344,6 @@ def decode_hot(
         ThreadPosition(at.thread_id, at.checkpoint_ns, parent_id).config() if parent_id else None,
         _pending_writes(serde, checkpoint_id, fields),
     )
-
-
-def _hot_value(fields: Mapping[bytes, bytes], channel: bytes) -> TypedValue:
-    """Put a channel's value and its deltas together."""
-    type_, base = unpack_value(fields[b"b:" + channel])
-    count = int(fields.get(b"d:" + channel, b"0").partition(b" ")[0])
-    if count:
-        added = [unpack_value(fields[b"s:%b\0%d" % (channel, i)])[1] for i in range(1, count + 1)]
-        return type_, deltas.fold(base, added)
-    return type_, base
 
 
 def _pending_writes(

@@ -226,10 +226,13 @@ class Health:
                 self.closed = None
         self._wake.set()
 
-    def came_late(self, number: int) -> None:
-        """Note that this process brought records to PostgreSQL when a later generation was open without them."""
+    def missed_by(self, number: int) -> None:
+        """Note that a generation was opened without records of this process, so that it is never trusted here."""
         with self._lock:
             self._late = number
+
+    def came_late(self) -> None:
+        """End a generation that was opened without records of this process, which PostgreSQL has by now."""
         self.lose(HotTierUnavailableError("This process was away, and brought older records to PostgreSQL just now."))
         self._wake.set()
 
@@ -374,7 +377,7 @@ class Health:
                 return True
             try:
                 with contextlib.closing(self._make_probe()) as probe:
-                    names = tier.dirty_threads(probe, self._keyspace)
+                    names = tier.dirty_threads(probe, self._keyspace, None)
             except (TieredSaverError, redis.RedisError, OSError) as error:
                 self.is_reachable, self.problem = False, error
                 return True
@@ -472,9 +475,9 @@ class Health:
         floor = self._pool.run(schema.last_sequence) + 1
         try:
             with contextlib.closing(self._make_probe()) as probe:
-                tier.prepare(probe, self._keyspace, number, floor)
+                prepared = tier.prepare(probe, self._keyspace, number, floor, self._member)
                 crash_points.reach("generation_prepared")
-                current = self._pool.run(lambda connection: self._open_on(connection, probe, number))
+                current = self._pool.run(lambda connection: self._open_on(connection, probe, prepared))
         except (ColdTierUnavailableError, ColdTierRejectedError):
             raise
         except (TieredSaverError, redis.RedisError, OSError) as error:
@@ -484,12 +487,17 @@ class Health:
         crash_points.reach("generation_opened")
         return current == Generation(number, opened=True)
 
-    def _open_on(self, connection: Connection, probe: SyncRedis, number: int) -> Generation:
-        def restore() -> None:
+    def _open_on(self, connection: Connection, probe: SyncRedis, prepared: tier.Preparation) -> Generation:
+        number = prepared.generation
+
+        def enter() -> None:
+            # Not before: by now another process may have opened the generation, and Redis may have been emptied since,
+            # which must not make it look like what it was.
+            tier.enter(probe, self._keyspace, prepared)
             tier.restore_run_leases(probe, self._keyspace, number, leases.unexpired(connection))
 
         quiet = self._config.poll_interval if number > 1 else 0.0
-        return generations.open_generation(connection, number, quiet, restore)
+        return generations.open_generation(connection, number, quiet, enter)
 
     def _trust(self, state: tier.HotState, number: int) -> None:
         if self._reported < number and self._cold_away_since is None:

@@ -25,7 +25,7 @@ from langgraph.checkpoint.base import (
 )
 from langgraph.checkpoint.serde.base import SerializerProtocol
 
-from langgraph_tiered_saver import codec, crash_points
+from langgraph_tiered_saver import codec, crash_points, history
 from langgraph_tiered_saver.backlog import Ticket
 from langgraph_tiered_saver.cold import maintenance, quarantine, reader, retention, threads
 from langgraph_tiered_saver.cold.pool import Connection
@@ -126,7 +126,9 @@ def put(
     """Acknowledge a checkpoint: one round trip, two when the parent is not hot."""
     recent = runtime.recent
     is_large = recent.bytes >= LARGE and codec.last_size(config, new_versions, recent) >= LARGE
-    encode_all = partial(codec.encode_checkpoint, serde, config, checkpoint, metadata, new_versions, recent)
+    encode_all = partial(
+        codec.encode_checkpoint, serde, config, checkpoint, metadata, new_versions, recent, runtime.reuse
+    )
     encoded = (yield Compute(encode_all)) if is_large else encode_all()
     thread_id = encoded.position.thread_id
     if not runtime.ready:
@@ -453,15 +455,60 @@ def list_page(
 def delta_history(
     runtime: Runtime, serde: SerializerProtocol, config: RunnableConfig, channels: Sequence[str]
 ) -> Operation[Mapping[str, DeltaChannelHistory]]:
-    """Collect delta channels' writes, once PostgreSQL has everything of the thread."""
+    """Collect delta channels' writes: one round trip if all of the hot checkpoint's are hot.
+
+    Else they are collected once PostgreSQL has everything of the thread.
+    """
     position = position_of(config, what="get_delta_channel_history")
     if not channels:
         return {}
-    target = position.config()
-    found = yield from _read_settled(
-        runtime, [position.thread_id], lambda c: reader.read_delta_history(c, serde, target, channels)
-    )
+    thread_id, ns, target = position.thread_id, position.checkpoint_ns, position.config()
+
+    def cold(connection: Connection) -> Mapping[str, DeltaChannelHistory]:
+        return reader.read_delta_history(connection, serde, target, channels)
+
+    def with_hot(hot: tier.HotCalls) -> Operation[Mapping[str, DeltaChannelHistory]]:
+        if position.checkpoint_id:
+            flat, _ = yield hot.get_by_id(thread_id, ns, position.checkpoint_id)
+        else:
+            flat = yield hot.get(thread_id, ns)
+        if not flat:
+            found = yield from _settled(runtime, hot, [thread_id], cold)
+            return found
+        fields = _pairs(flat)
+        known = history.decode(serde, position, fields, hot.generation, channels)
+        if known is not None:
+            runtime.counters.add("hot_hits")
+            return known
+        runtime.counters.add("hot_misses")
+        missed = yield from _miss_history(runtime, hot, serde, position, channels, fields)
+        return missed
+
+    found = yield from _read(runtime, with_hot, cold)
     return found
+
+
+def _miss_history(
+    runtime: Runtime,
+    hot: tier.HotCalls,
+    serde: SerializerProtocol,
+    position: ThreadPosition,
+    channels: Sequence[str],
+    fields: Mapping[bytes, bytes],
+) -> Operation[Mapping[str, DeltaChannelHistory]]:
+    """Settle the journal, read cold, and keep what was read with the hot checkpoint if nothing changed meanwhile."""
+    thread_id, target = position.thread_id, position.config()
+    runtime.pool.refuse_if_broken()
+    token = secrets.token_hex(8)
+    if (yield hot.lease(thread_id, position.checkpoint_ns, token)) or runtime.backlog.holds(thread_id):
+        yield from settle(runtime, [thread_id])
+    raw: Mapping[str, DeltaChannelHistory] = yield Blocking(
+        lambda: runtime.cold(lambda c: reader.read_delta_history(c, history.RawSerializer(), target, channels))
+    )
+    warming = history.warming(position, fields, hot.generation, raw)
+    if warming is not None:
+        yield hot.warm_history(thread_id, token, warming)
+    return history.load(serde, raw)
 
 
 def thread_ids(
@@ -474,43 +521,47 @@ def thread_ids(
 
 def _read_settled(runtime: Runtime, names: Sequence[str] | None, work: Callable[[Connection], T]) -> Operation[T]:
     """Read from PostgreSQL once that has everything of some threads (None: of all)."""
-
-    def with_hot(hot: tier.HotCalls) -> Operation[T]:
-        runtime.pool.refuse_if_broken()
-        if names is None:
-            yield from settle_all(runtime)
-        else:
-            yield from settle(runtime, names, look=True)
-        found: T = yield Blocking(lambda: runtime.cold(work))
-        return found
-
-    answer = yield from _read(runtime, with_hot, work)
+    answer = yield from _read(runtime, lambda hot: _settled(runtime, hot, names, work), work)
     return answer
+
+
+def _settled(
+    runtime: Runtime, hot: tier.HotCalls, names: Sequence[str] | None, work: Callable[[Connection], T]
+) -> Operation[T]:
+    """Settle first, then read."""
+    runtime.pool.refuse_if_broken()
+    if names is None:
+        yield from settle_all(runtime, hot)
+    else:
+        yield from settle(runtime, names, look=hot)
+    found: T = yield Blocking(lambda: runtime.cold(work))
+    return found
 
 
 # --- flushing on demand ------------------------------------------------------------------------------------------
 
 
 def settle(
-    runtime: Runtime, names: Sequence[str], *, look: bool = False, timeout: float | None = None
+    runtime: Runtime, names: Sequence[str], *, look: tier.HotCalls | None = None, timeout: float | None = None
 ) -> Operation[None]:
     """See to it that PostgreSQL has everything journaled for some threads, whoever wrote it.
 
     Args:
         runtime: The open tiers.
         names: The threads.
-        look: Ask first whether there is anything to flush.
+        look: Ask first, in this generation, whether there is anything to flush.
         timeout: Seconds; `flush_timeout` if None.
 
     Raises:
+        HotTierUnavailableError: Redis is not trusted any more, so nobody knows what was journaled.
         ColdTierUnavailableError: PostgreSQL did not take it in time.
         ThreadQuarantinedError: PostgreSQL refused a record of the thread for good.
     """
-    if look:
+    if look is not None:
         waiting = []
         for name in names:
             # A Redis that lost its journal must not hide what this process still holds.
-            if runtime.backlog.holds(name) or (yield from _journal_length(runtime, name)):
+            if runtime.backlog.holds(name) or (yield from _journal_length(look, name)):
                 waiting.append(name)  # noqa: PERF401 - a comprehension cannot yield
         names = waiting
     if not names:
@@ -523,14 +574,14 @@ def settle(
         )
 
 
-def _journal_length(runtime: Runtime, thread_id: str) -> Operation[int]:
-    reply = yield runtime.calls.journal(thread_id, 0, 0)
+def _journal_length(hot: tier.HotCalls, thread_id: str) -> Operation[int]:
+    reply = yield hot.journal(thread_id, 0, 0, hot.generation)
     return int(reply[0])
 
 
-def settle_all(runtime: Runtime) -> Operation[None]:
+def settle_all(runtime: Runtime, hot: tier.HotCalls) -> Operation[None]:
     """See to it that PostgreSQL has everything that is journaled now, of all threads."""
-    names: list[str] = yield Blocking(lambda: tier.dirty_threads(runtime.client, runtime.calls.keyspace))
+    names: list[str] = yield Blocking(lambda: tier.dirty_threads(runtime.client, hot.keyspace, hot.generation))
     yield from settle(runtime, sorted({*names, *runtime.backlog.threads()}))
 
 
@@ -552,7 +603,7 @@ def wait_durable(runtime: Runtime, config: RunnableConfig, timeout: float | None
     seconds = runtime.config.flush_timeout if timeout is None else timeout
 
     def with_hot(hot: tier.HotCalls) -> Operation[bool]:
-        yield from settle(runtime, [position.thread_id], look=True, timeout=seconds)
+        yield from settle(runtime, [position.thread_id], look=hot, timeout=seconds)
         found: bool = yield Blocking(lambda: runtime.cold(lambda c: reader.exists(c, position)))
         return found
 
@@ -669,7 +720,7 @@ def quarantined_records(runtime: Runtime, thread_id: str) -> Operation[list[quar
 
     def with_hot(hot: tier.HotCalls) -> Operation[list[quarantine.QuarantinedRecord]]:
         with contextlib.suppress(ThreadQuarantinedError):
-            yield from settle(runtime, [name], look=True)
+            yield from settle(runtime, [name], look=hot)
         listed: list[quarantine.QuarantinedRecord] = yield Blocking(lambda: runtime.cold(work))
         return listed
 
@@ -707,6 +758,7 @@ def _maintain(
     left = dict(records)
     while left:
         journaled = {}
+        trusted = runtime.hot
         for name, record in left.items():
 
             def call(
@@ -723,7 +775,9 @@ def _maintain(
         left = journaled
         with suppress(HotTierUnavailableError):
             yield from settle(runtime, list(journaled))
-            left = {}
+            # Also if it was lost and found between the two, when a journal without them is as good as a flushed one.
+            if trusted is not None and runtime.hot is trusted:
+                left = {}
 
 
 def _thread_name(thread_id: object, what: str) -> str:

@@ -26,9 +26,9 @@ from langgraph_tiered_saver.cold.materialize import (
     read_values,
     walk,
 )
-from langgraph_tiered_saver.cold.pool import Connection
+from langgraph_tiered_saver.cold.pool import Connection, set_timeouts
 from langgraph_tiered_saver.cold.schema import LOCK_CLASS, STORAGE_LOCK
-from langgraph_tiered_saver.cold.writer import INSERT_BLOBS, INSERT_DELTAS, set_timeout
+from langgraph_tiered_saver.cold.writer import INSERT_BLOBS, INSERT_DELTAS
 from langgraph_tiered_saver.records import TypedValue
 
 logger = logging.getLogger(__name__)
@@ -343,7 +343,7 @@ class ThreadConversion:
     # --- both ----------------------------------------------------------------------------------------------------
 
     def _lock(self, cursor: _Cursor, *shared: int) -> None:
-        set_timeout(cursor, self._timeout)
+        set_timeouts(cursor.connection, self._timeout)
         for lock in shared:
             cursor.execute("SELECT pg_advisory_xact_lock_shared(%s, %s)", (LOCK_CLASS, lock))
         cursor.execute("SELECT pg_advisory_xact_lock(%s, %s)", (LOCK_CLASS, self._shard))

@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from langgraph_tiered_saver.cold.pool import Connection
+from psycopg.rows import DictRow
+
+from langgraph_tiered_saver.cold.pool import Connection, set_timeouts
 from langgraph_tiered_saver.cold.schema import GENERATION_LOCK, LOCK_CLASS
 
 READ = "SELECT number, opened FROM tiered_generation"
@@ -53,7 +55,11 @@ class Generation:
 
 def read(connection: Connection) -> Generation:
     """Read the current generation."""
-    row = connection.execute(READ).fetchone()
+    return of_row(connection.execute(READ).fetchone())
+
+
+def of_row(row: DictRow | None) -> Generation:
+    """Give the generation that was read."""
     # Without a row nothing hot can be trusted, and nothing can be written past it; setup() mends it.
     return Generation(row["number"], row["opened"]) if row else Generation(0, opened=False)
 
@@ -117,6 +123,7 @@ def open_generation(
         The current generation, which may be still closed, or another one.
     """
     with connection.transaction():
+        set_timeouts(connection, 0)
         # Whoever is writing past Redis just now finishes first.
         connection.execute("SELECT pg_advisory_xact_lock(%s, %s)", (LOCK_CLASS, GENERATION_LOCK))
         if connection.execute(OPEN, (number, quiet)).rowcount:

@@ -13,9 +13,8 @@ from psycopg import Cursor
 from psycopg.rows import DictRow
 
 from langgraph_tiered_saver.cold import retention
-from langgraph_tiered_saver.cold.pool import Connection
+from langgraph_tiered_saver.cold.pool import Connection, set_timeouts
 from langgraph_tiered_saver.cold.schema import LOCK_CLASS
-from langgraph_tiered_saver.cold.writer import set_timeout
 from langgraph_tiered_saver.records import MaintenanceRecord
 
 _Cursor = Cursor[DictRow]
@@ -138,10 +137,10 @@ def execute(
     if record.operation == RETAIN:
         # What takes long is done before the lock, which holds up every other thread of the shard.
         with connection.transaction(), connection.cursor() as cursor:
-            set_timeout(cursor, statement_timeout)
+            set_timeouts(connection, statement_timeout)
             removal = _prepare(cursor, thread_id, sequence, record)
     with connection.transaction(), connection.cursor() as cursor:
-        set_timeout(cursor, statement_timeout)
+        set_timeouts(connection, statement_timeout)
         lock(cursor, thread_id, record, shard_of)
         known = cursor.execute(READ_TOMBSTONE, (thread_id,)).fetchone()
         if known is None or (known["tombstone"] < sequence and known["tombstone_generation"] <= generation):

@@ -16,9 +16,9 @@ from psycopg.rows import DictRow
 
 from langgraph_tiered_saver.cold import maintenance
 from langgraph_tiered_saver.cold.materialize import Weigher
-from langgraph_tiered_saver.cold.pool import Connection
+from langgraph_tiered_saver.cold.pool import Connection, set_timeouts
 from langgraph_tiered_saver.cold.schema import LOCK_CLASS, STORAGE_LOCK
-from langgraph_tiered_saver.cold.writer import Journaled, ThreadRecords, set_timeout, write_locked
+from langgraph_tiered_saver.cold.writer import Journaled, ThreadRecords, write_locked
 from langgraph_tiered_saver.config import Storage
 from langgraph_tiered_saver.deltas import BrokenDeltaError
 from langgraph_tiered_saver.records import CHECKPOINT, MAINTENANCE, WRITES, MaintenanceRecord, Record, decode
@@ -169,7 +169,7 @@ def retry(
     while True:
         sources = _copied_from(connection, thread_id)
         with connection.transaction(), connection.cursor() as cursor:
-            set_timeout(cursor, statement_timeout)
+            set_timeouts(connection, statement_timeout)
             # In the order of the shards, like every flush, so that nobody waits in a circle.
             if storage == "compact":
                 cursor.execute("SELECT pg_advisory_xact_lock_shared(%s, %s)", (LOCK_CLASS, STORAGE_LOCK))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from langgraph_tiered_saver import crash_points
 from langgraph_tiered_saver.cold import generations, materialize, storage
 from langgraph_tiered_saver.cold.generations import Generation
 from langgraph_tiered_saver.cold.materialize import BlobKey, Placed
-from langgraph_tiered_saver.cold.pool import Connection
+from langgraph_tiered_saver.cold.pool import Connection, set_timeouts
 from langgraph_tiered_saver.cold.schema import LOCK_CLASS, STORAGE_LOCK
 from langgraph_tiered_saver.config import Storage
 from langgraph_tiered_saver.recent import RecentValues
@@ -143,7 +143,8 @@ class Written:
 
     Attributes:
         diverted: Threads under quarantine, whose records were put there.
-        generation: The current generation's number, and whether it is open.
+        generation: The current generation when the records were there for everybody to see. Whoever opened a later one
+            saw them first.
         lost: How many checkpoints could not be kept, because a value of theirs cannot be made.
     """
 
@@ -227,22 +228,37 @@ def write(
     Raises:
         psycopg.Error, BrokenDeltaError: nothing was written.
     """
-    # In pipeline mode the transaction costs three round trips instead of one for each statement.
-    pipeline = connection.pipeline() if psycopg.capabilities.has_pipeline() else nullcontext()
+    # In pipeline mode the transaction costs three round trips instead of one for each statement. psycopg's own
+    # transaction blocks would add two, because they wait for their BEGIN and their COMMIT.
+    pipelined = connection.pipeline() if psycopg.capabilities.has_pipeline() else nullcontext()
     locks = {entry.shard for entry in batch} | ({STORAGE_LOCK} if storage == "compact" else set())
-    with pipeline, connection.transaction(), connection.cursor() as cursor:
-        set_timeout(cursor, statement_timeout)
+    with _rolled_back_on_error(connection), pipelined as pipeline, connection.cursor() as cursor:
+        connection.execute("BEGIN")
+        set_timeouts(connection, statement_timeout)
         cursor.execute(LOCK_SHARED, (LOCK_CLASS, sorted(locks)))
-        with connection.cursor() as other:
-            other.execute(generations.READ)
-            crash_points.reach("after_begin")
-            outcome = _write(cursor, batch, storage, recent)
-            row = other.fetchone()
+        crash_points.reach("after_begin")
+        outcome = _write(cursor, batch, storage, recent, pipeline)
+        # What was refused before shows when results are fetched, at the latest when the pipeline ends; until then
+        # PostgreSQL discards everything behind it, this too.
+        connection.execute("COMMIT")
+        # Behind the commit, in the round trip that ends the pipeline. A generation that was opened before the commit
+        # without these records, while this process stood still in the transaction, is seen here. A lock that keeps the
+        # opening waiting for the commit would let one process that stands still hold up all others.
+        current = connection.execute(generations.READ)
     if recent is not None:
         for channel, value in outcome.placed.recent.items():
             recent.put(channel, value)
-    generation = Generation(row["number"], row["opened"]) if row else Generation(0, opened=False)
-    return Written(outcome.diverted, generation, outcome.lost)
+    return Written(outcome.diverted, generations.of_row(current.fetchone()), outcome.lost)
+
+
+@contextmanager
+def _rolled_back_on_error(connection: Connection) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        if not connection.closed:
+            connection.rollback()
+        raise
 
 
 def write_locked(
@@ -250,19 +266,32 @@ def write_locked(
 ) -> frozenset[str]:
     """Write records within a transaction that holds their shards' locks, and `STORAGE_LOCK` with compact storage.
 
+    Args:
+        cursor: The transaction's.
+        batch: At most one entry for each thread.
+        storage: How values are stored that records carry as deltas.
+
     Returns:
         The threads under quarantine, whose records were put there.
 
     Raises:
         psycopg.Error, BrokenDeltaError: the transaction must be rolled back.
     """
-    return _write(cursor, batch, storage, None).diverted
+    return _write(cursor, batch, storage, None, None).diverted
 
 
 def _write(
-    cursor: psycopg.Cursor[DictRow], batch: Sequence[ThreadRecords], mode: Storage, recent: RecentValues | None
+    cursor: psycopg.Cursor[DictRow],
+    batch: Sequence[ThreadRecords],
+    mode: Storage,
+    recent: RecentValues | None,
+    pipeline: psycopg.Pipeline | None,
 ) -> _Outcome:
     _insert(cursor, RAISE_WATERMARKS, {(e.thread_id,): (e.records[-1].sequence,) for e in batch if e.records})
+    if pipeline is not None:
+        # The rows must be waited for anyway; behind a flush instead of a sync, PostgreSQL would not count as idle the
+        # time in which this process stands still.
+        pipeline.sync()
     known = {row["thread_id"]: row for row in cursor} if any(e.records for e in batch) else {}
     diverted = frozenset(name for name, row in known.items() if row["quarantined"])
     tombstones = {name: (row["tombstone"], row["tombstone_generation"]) for name, row in known.items()}
@@ -329,7 +358,7 @@ def quarantine(connection: Connection, entry: ThreadRecords, reason: str | None,
         psycopg.Error: nothing was changed.
     """
     with connection.transaction(), connection.cursor() as cursor:
-        set_timeout(cursor, statement_timeout)
+        set_timeouts(connection, statement_timeout)
         cursor.execute(LOCK_SHARED, (LOCK_CLASS, [entry.shard]))
         _insert(cursor, RAISE_WATERMARKS, {(entry.thread_id,): (entry.records[-1].sequence,)})
         row = cursor.fetchone()
@@ -358,12 +387,6 @@ def _payloads(
 
 def _is_newer(item: Journaled, tombstone: tuple[int, int]) -> bool:
     return item.sequence > tombstone[0] and item.generation >= tombstone[1]
-
-
-def set_timeout(cursor: psycopg.Cursor[Any], seconds: float) -> None:
-    """Bound every statement of the current transaction."""
-    if seconds:
-        cursor.execute("SELECT set_config('statement_timeout', %s, true)", (str(int(seconds * 1000)),))
 
 
 def fold(batch: Sequence[ThreadRecords], tombstones: Mapping[str, tuple[int, int]]) -> Rows:

@@ -20,6 +20,7 @@ from langgraph_tiered_saver.errors import (
     TieredSaverError,
     stale_writer,
 )
+from langgraph_tiered_saver.history import HistoryWarming
 from langgraph_tiered_saver.hot import clients, scripts
 from langgraph_tiered_saver.hot.clients import AsyncRedis, SyncRedis
 from langgraph_tiered_saver.hot.cluster import is_cluster
@@ -153,7 +154,7 @@ class HotCalls:
                 frame([channel.encode() for channel in encoded.removed]),
                 self._ttl,
                 self._namespaces_ttl,
-                int(encoded.has_delta_channels),
+                _delta_steps(encoded),
                 int(encoded.is_old_format),
                 seen_bit(position.thread_id, position.checkpoint_ns),
                 self._writer.name,
@@ -214,6 +215,15 @@ class HotCalls:
             (token, checkpoint, self._ttl, self._namespaces_ttl, later_writes.encode(), bit, *writes),
         )
 
+    def warm_history(self, thread_id: str, token: str, warming: HistoryWarming) -> HotCall:
+        """Keep what the cold tier knows of the hot checkpoint's history, if the lease still stands."""
+        keys, at = self.keyspace.thread(thread_id), warming.position
+        return HotCall(
+            scripts.WARM_HISTORY,
+            (keys.hot(at.checkpoint_ns), keys.shard),
+            (token, self.generation, at.checkpoint_id.encode(), warming.sequence, *warming.channels),
+        )
+
     def maintain(self, thread_id: str, payload: bytes, *, supersedes: bool) -> HotCall:
         """Journal an operation that removes or copies rows, and drop the thread's hot state."""
         keys = self.keyspace.thread(thread_id)
@@ -237,9 +247,10 @@ class HotCalls:
             scripts.RUN_LEASE, (keys.shard,), (thread_id.encode(), self.generation, what, token, int(ttl * 1e6))
         )
 
-    def journal(self, thread_id: str, most_records: int, most_bytes: int) -> HotCall:
-        """Read a journal from its start."""
-        return HotCall(scripts.JOURNAL, (self.keyspace.thread(thread_id).journal,), (most_records, most_bytes))
+    def journal(self, thread_id: str, most_records: int, most_bytes: int, generation: int | None) -> HotCall:
+        """Read a journal from its start, in a generation; None: in whatever generation it is."""
+        keys = self.keyspace.thread(thread_id)
+        return HotCall(scripts.JOURNAL, (keys.journal, keys.shard), (most_records, most_bytes, generation or ""))
 
     def ack(self, thread_id: str, up_to: int) -> HotCall:
         """Trim a journal up to and including a sequence number."""
@@ -249,6 +260,16 @@ class HotCalls:
     def sweep(self, shard: int, grace: float, most_threads: int) -> HotCall:
         """Pick a shard's orphans; `grace` in seconds."""
         return HotCall(scripts.SWEEP, (self.keyspace.dirty(shard),), (int(grace * 1e6), most_threads))
+
+
+def _delta_steps(encoded: EncodedCheckpoint) -> bytes:
+    """Frame what `advance_history` is given."""
+    if not (encoded.has_delta_channels or encoded.delta_channels or encoded.has_no_channels):
+        return b""
+    parts = [b"%d" % encoded.has_delta_channels, b"%d" % encoded.has_no_channels]
+    for step in encoded.delta_channels:
+        parts += (step.channel.encode(), step.kind.value, step.version.encode())
+    return frame(parts)
 
 
 def appended(reply: Any) -> Appended | None:
@@ -452,15 +473,23 @@ def acquire_sweep(client: SyncRedis, config: TieredConfig) -> bool:
         raise translate(error) from error
 
 
-def dirty_threads(client: SyncRedis, keyspace: Keyspace) -> list[str]:
-    """List every thread that has unflushed records, in one round trip."""
-    try:
-        pipeline = client.pipeline(transaction=False)
-        for shard in range(keyspace.shards):
-            pipeline.zrange(keyspace.dirty(shard), 0, -1)
-        return [name.decode() for names in pipeline.execute() for name in names]
-    except REDIS_ERRORS as error:
-        raise translate(error) from error
+def dirty_threads(client: SyncRedis, keyspace: Keyspace, generation: int | None) -> list[str]:
+    """List every thread that has unflushed records, in one round trip.
+
+    Args:
+        client: Client of the server.
+        keyspace: The installation's keys.
+        generation: The generation that it must be in; None: whatever it is in.
+
+    Raises:
+        HotTierUnavailableError: Redis cannot be reached, or is in another generation.
+        HotTierRejectedError: Redis refused.
+    """
+    calls = [
+        HotCall(scripts.DIRTY, (keyspace.dirty(shard), keyspace.shard(shard)), (generation or "",))
+        for shard in range(keyspace.shards)
+    ]
+    return [name.decode() for names in run_many(client, calls) for name in names]
 
 
 def check_server(client: SyncRedis, config: TieredConfig) -> bool:
@@ -578,27 +607,54 @@ def check_meta(meta: Mapping[str, str], keyspace: Keyspace | None) -> None:
         )
 
 
-def prepare(client: SyncRedis, keyspace: Keyspace, generation: int, clock_floor: int) -> None:
-    """Prepare every shard and the metadata for a generation.
+@dataclass(frozen=True)
+class Preparation:
+    """Redis as it was prepared for a generation, which it enters only if it is still that.
+
+    Attributes:
+        generation: The generation.
+        member: The process that prepared it.
+        instances: Run ids of its servers then.
+    """
+
+    generation: int
+    member: str
+    instances: frozenset[str]
+
+
+def prepare(client: SyncRedis, keyspace: Keyspace, generation: int, clock_floor: int, member: str) -> Preparation:
+    """Prepare every shard for a generation.
 
     Args:
         client: Client of the server.
         keyspace: The installation's keys.
         generation: The generation.
         clock_floor: No sequence number will be less than this one.
+        member: This process. Its mark is on each shard until somebody opens a generation, however often it prepares.
 
     Raises:
         HotTierUnavailableError, HotTierRejectedError: it is not done everywhere; it can be repeated.
     """
-    run_many(
-        client,
-        [HotCall(scripts.OPEN, (keyspace.shard(s),), (generation, clock_floor)) for s in range(keyspace.shards)],
-    )
+    prepared = Preparation(generation, member, instances_of(client))
+    arguments = generation, clock_floor, member
+    run_many(client, [HotCall(scripts.PREPARE, (keyspace.shard(s),), arguments) for s in range(keyspace.shards)])
+    return prepared
+
+
+def enter(client: SyncRedis, keyspace: Keyspace, prepared: Preparation) -> None:
+    """Let every shard, and the metadata, enter a generation; of those who prepared it, only one may.
+
+    Raises:
+        HotTierUnavailableError: Redis cannot be reached, or was emptied since it was prepared.
+        HotTierRejectedError: it is not done everywhere.
+    """
+    arguments = prepared.generation, prepared.member
+    run_many(client, [HotCall(scripts.OPEN, (keyspace.shard(s),), arguments) for s in range(keyspace.shards)])
     meta = {
         "format": FORMAT,
         "shards": str(keyspace.shards),
-        "generation": str(generation),
-        "instances": ",".join(sorted(instances_of(client))),
+        "generation": str(prepared.generation),
+        "instances": ",".join(sorted(prepared.instances)),
     }
     try:
         client.hset(meta_key(keyspace.prefix), mapping=meta)
@@ -629,10 +685,7 @@ def restore_run_leases(
 
 def record_opened(client: SyncRedis, prefix: str, generation: int) -> None:
     """Record that a generation is open, for processes that begin while PostgreSQL cannot tell them."""
-    try:
-        client.hset(meta_key(prefix), "opened", str(generation))
-    except REDIS_ERRORS as error:
-        raise translate(error) from error
+    run(client, HotCall(scripts.RECORD_OPENED, (meta_key(prefix),), (generation,)))
 
 
 def acquire_filling(client: SyncRedis, prefix: str) -> bool:

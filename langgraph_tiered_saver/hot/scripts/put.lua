@@ -2,7 +2,8 @@
 -- KEYS: hot hash, journal, shard, dirty, namespaces, seen
 -- ARGV: thread, record, unchanged channels {channel, version, ...} (framed; '' = the record is complete),
 --       changed channels without a value (framed), ttl in ms ('0' = none), ttl of the namespaces,
---       '1' = the graph has delta channels, '1' = the checkpoint's format is older than 4,
+--       delta channels {'1' = some have no value here, '1' = the checkpoint has no channels at all, channel, ...: see
+--       `advance_history`} (framed; '' = the graph has none), '1' = the checkpoint's format is older than 4,
 --       bit of the thread and namespace in `seen`, writer, run lease ('' = none)
 -- Returns {sequence number, the previous record's}, or {} when the record must carry every channel.
 local MOST_DELTAS, LEAST_DELTA_BYTES = 16, 16384
@@ -110,8 +111,11 @@ local branch = current and current ~= parent
 if known[6] then stale[1] = 'l' end
 if current and id < current then
   in_chunks('HDEL', hot, stale)
+  forget_history(hot)
   return reply
 end
+local delta = ARGV[7] ~= '' and unframe(ARGV[7])
+local forks_delta = branch and delta and delta[1] == '1'
 
 -- 'u': up to this checkpoint the hot state may be incomplete, or not the latest, and the cold tier must be asked. It
 -- stays with the descendants until the hash is warmed.
@@ -127,38 +131,48 @@ if not current then
   if not early and (parent ~= '' or seen == 1 or state.seen ~= generation) then early = id end
   if early and early <= id then redis.call('HDEL', KEYS[3], mark) end
   if early and (not uncertain or uncertain < early) then uncertain = early end
-elseif not uncertain and ((branch and ARGV[7] == '1') or (ARGV[8] == '1' and has_sends(hot, current, parent))) then
+elseif not uncertain and (forks_delta or (ARGV[8] == '1' and has_sends(hot, current, parent))) then
   uncertain = id
 end
 if uncertain then fields = {'u', uncertain > id and uncertain or id} end
 
--- Writes of older checkpoints stay in the cold tier only; so do the channels of another branch.
+-- Writes of older checkpoints stay in the cold tier only, except for the history of delta channels; so do the channels
+-- of another branch.
+local parents_writes = {}
 if branch or tonumber(known[4] or '0') > 0 then
   local names, kept = redis.call('HKEYS', hot), 0
   for i = 1, #names do
     local name = names[i]
     local kind = string.sub(name, 1, 2)
     if kind == 'w:' then
-      if string.sub(name, 3, string.find(name, '\0', 3, true) - 1) < id then
+      local of = string.sub(name, 3, string.find(name, '\0', 3, true) - 1)
+      if of < id then
         stale[#stale + 1] = name
+        if delta and of == parent then parents_writes[#parents_writes + 1] = name end
       else
         kept = kept + 1
       end
-    elseif branch and (kind == 'v:' or kind == 'b:' or kind == 'd:' or kind == 's:') then
+    elseif branch and (kind == 'v:' or kind == 'b:' or kind == 'd:' or kind == 's:' or kind == 'h:') then
       stale[#stale + 1] = name
     end
   end
   fields[#fields + 1] = 'wn'
   fields[#fields + 1] = kept
 end
+local seeds = {}
+if delta then
+  local step = {id = id, parent = parent, current = current, known = not uncertain, given = delta}
+  step.writes = parents_writes
+  seeds = advance_history(hot, step, fields, stale)
+end
 local function drop_deltas(channel, deltas)
   for i = 1, tonumber(string.match(deltas or '0', '^%d+')) do stale[#stale + 1] = 's:' .. channel .. '\0' .. i end
 end
 for i, channel in ipairs(removed) do
   stale[#stale + 1] = 'v:' .. channel
-  stale[#stale + 1] = 'b:' .. channel
+  if not seeds[channel] then stale[#stale + 1] = 'b:' .. channel end
   local deltas = held[(#record - 8) / 2 + 2 * i]
-  if deltas then
+  if deltas and not seeds[channel] then
     stale[#stale + 1] = 'd:' .. channel
     drop_deltas(channel, deltas)
   end

@@ -15,7 +15,12 @@ end
 local current = known[2]
 local reply = append(KEYS[2], KEYS[3], KEYS[4], ARGV[1], ARGV[2], state)
 if known[4] then redis.call('HDEL', hot, 'l') end
-if current and id < current then return reply end
+if current and id < current then
+  local channels = {}
+  for i = 9, #record, 3 do channels[record[i]] = true end
+  forget_history(hot, channels)
+  return reply
+end
 if not current then
   -- Earlier writes of the same checkpoint may have left the hot tier; whoever reads it must ask the cold one.
   -- The shard keeps that in mind too, because the hash may be evicted before the checkpoint comes.
