@@ -202,7 +202,10 @@ def place(
 
     Cost: nothing without deltas; else a round trip for bases that are not in memory, and one with compact storage.
     """
-    if any(blob.is_delta for blob in blobs.values()):
+    if any(blob.is_delta for blob in blobs.values()) or (
+        # A process that begins, or a hot tier that begins anew, sends a value whole that has only grown.
+        storage == "compact" and recent is not None and any(blob.base == FRESH for blob in blobs.values())
+    ):
         return _Placing(cursor, blobs, storage, recent).run()
     placed = Placed()
     for key, blob in blobs.items():
@@ -233,8 +236,8 @@ class _Placing:
     def run(self) -> Placed:
         bases = list(self._needed)
         if self._compact:
-            deltas_ = [key for key, blob in self._blobs.items() if blob.is_delta]
-            self._places = read_places(self._cursor, {*bases, *deltas_})
+            sure = [key for key in self._blobs if self._is_sure(key)]
+            self._places = read_places(self._cursor, {*bases, *sure, *filter(None, map(self._last, sure))})
         # What the batch stores whole without being sure that nothing else is stored under that version gives way to
         # what PostgreSQL has.
         outside = [key for key in bases if not self._is_sure(key) and self._remembered(key) is None]
@@ -244,8 +247,9 @@ class _Placing:
                 self._make(key, blob)
             else:
                 typed = unpack_value(blob.value)
-                self._places.setdefault(key, WHOLE)
-                self._placed.blobs[key] = typed
+                if blob.base != FRESH or not self._shorten(key, typed):
+                    self._places.setdefault(key, WHOLE)
+                    self._placed.blobs[key] = typed
                 if blob.base == FRESH:
                     self._keep(key, typed)
                 elif key in self._needed:
@@ -259,6 +263,29 @@ class _Placing:
     def _remembered(self, key: BlobKey) -> TypedValue | None:
         stored = self._recent.get(key.of_channel) if self._recent is not None else None
         return (stored.type, stored.data) if stored is not None and stored.version == key.version else None
+
+    def _last(self, key: BlobKey) -> BlobKey | None:
+        """Name the version that the flusher wrote last of a version's channel."""
+        stored = self._recent.get(key.of_channel) if self._recent is not None else None
+        return key._replace(version=stored.version) if stored is not None else None
+
+    def _shorten(self, key: BlobKey, typed: TypedValue) -> bool:
+        """Store a whole value as a delta to its channel's last one, if that is in memory; tell whether it is."""
+        if not self._compact or key in self._places:
+            return False
+        last = self._placed.recent.get(key.of_channel)
+        if last is None and self._recent is not None:
+            last = self._recent.get(key.of_channel)
+        if last is None or last.type != typed[0] or last.version == key.version:
+            return False
+        base = self._places.get(key._replace(version=last.version))
+        delta = deltas.diff(last.data, typed[1]) if base is not None else None
+        at = next_place(base, delta, len(typed[1])) if base is not None and delta is not None else None
+        if delta is None or at is None:
+            return False
+        self._placed.deltas[key] = DeltaRow(last.version, typed[0], delta, *at, len(typed[1]))
+        self._places[key] = at
+        return True
 
     def _make(self, key: BlobKey, blob: Blob) -> None:
         base_key = key._replace(version=blob.base)
