@@ -294,6 +294,34 @@ def test_mixed_fleets_read_and_continue_each_other(make_saver: Callable[..., Tie
         assert 0 < database.count("tiered_deltas") < 40
 
 
+def test_a_value_that_is_sent_whole_though_it_grew_is_stored_as_a_delta(
+    make_saver: Callable[..., TieredSaver], postgres_url: str
+) -> None:
+    """I4: what is in memory and in PostgreSQL is a base for whole values too; written again, they change nothing."""
+    with database_of(make_saver, postgres_url, "compact") as database:
+        recent = RecentValues(10**8)
+        talk = Conversation("talk")
+        for number in range(30):
+            talk.add(whole=number % 3 == 0)
+        for at in (slice(0, 4), slice(4, 5), slice(5, 30)):
+            database.write(talk, talk.records[at], storage="compact", recent=recent)
+        rows = database.rows()
+        assert len(rows["tiered_deltas"]) >= 24
+        for memory in (recent, None):
+            for mode in STORAGES:
+                database.write(talk, storage=mode, recent=memory)
+        assert database.rows() == rows
+        assert database.found(talk) == talk.values
+        assert database.damaged(talk) == []
+        # A base that is in memory only is none.
+        database.maintain(talk, "delete_thread")
+        talk.values, talk.note, talk.parent = {}, NOTHING, ""
+        talk.add(whole=True)
+        database.write(talk, talk.records[-1:], storage="compact", recent=recent)
+        assert database.found(talk) == talk.values
+        assert database.count("tiered_deltas") == 0
+
+
 def test_no_delta_is_stored_where_there_are_no_views_to_read_it_through(
     make_saver: Callable[..., TieredSaver], postgres_url: str
 ) -> None:
