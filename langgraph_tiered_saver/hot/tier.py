@@ -139,6 +139,7 @@ class HotCalls:
         self._run_leases = {} if run_leases is None else run_leases
         self._ttl = "0" if config.hot_ttl is None else str(int(config.hot_ttl * 1000))
         self._namespaces_ttl = "0" if evicts else self._ttl
+        self._ttls = f"{self._ttl} {'0' if evicts else '='}"
 
     def put(self, encoded: EncodedCheckpoint, payload: bytes) -> HotCall:
         """Acknowledge a checkpoint; the reply is empty when it must carry every channel."""
@@ -148,17 +149,12 @@ class HotCalls:
             scripts.PUT,
             (keys.hot(position.checkpoint_ns), keys.journal, keys.shard, keys.dirty, keys.namespaces, keys.seen),
             (
-                position.thread_id,
                 check_size(payload),
                 frame([part.encode() for pair in encoded.unchanged for part in pair]),
                 frame([channel.encode() for channel in encoded.removed]),
-                self._ttl,
-                self._namespaces_ttl,
                 _delta_steps(encoded),
-                int(encoded.is_old_format),
-                seen_bit(position.thread_id, position.checkpoint_ns),
-                self._writer.name,
-                self._run_leases.get(position.thread_id, ""),
+                f"{self._ttls} {encoded.is_old_format:d} {seen_bit(*position[:2])} {self._writer.name} "
+                + self._run_leases.get(position.thread_id, ""),
             ),
         )
 
@@ -168,13 +164,7 @@ class HotCalls:
         return HotCall(
             scripts.PUT_WRITES,
             (keys.hot(checkpoint_ns), keys.journal, keys.shard, keys.dirty, keys.namespaces),
-            (
-                thread_id,
-                check_size(payload),
-                self._ttl,
-                self._namespaces_ttl,
-                self._run_leases.get(thread_id, ""),
-            ),
+            (check_size(payload), f"{self._ttls} {self._run_leases.get(thread_id, '')}"),
         )
 
     def get(self, thread_id: str, checkpoint_ns: str) -> HotRead:
