@@ -34,7 +34,8 @@ RAISE_WATERMARKS = """
 INSERT INTO tiered_threads (thread_id, watermark) SELECT * FROM unnest(%b::text[], %b::bigint[])
 ON CONFLICT (thread_id) DO UPDATE SET watermark = greatest(tiered_threads.watermark, EXCLUDED.watermark)
 RETURNING thread_id, tombstone, tombstone_generation, quarantined, incomplete,
-    (SELECT value FROM tiered_state WHERE name = 'storage') AS storage"""
+    (SELECT value FROM tiered_state WHERE name = 'storage') AS storage,
+    EXISTS (SELECT FROM tiered_state WHERE name = 'views') AS has_views"""
 
 INSERT_QUARANTINE = """
 INSERT INTO tiered_quarantine (thread_id, sequence, payload)
@@ -295,6 +296,10 @@ def _write(
     diverted = frozenset(name for name, row in known.items() if row["quarantined"])
     tombstones = {name: (row["tombstone"], row["tombstone_generation"]) for name, row in known.items()}
     rows = fold([entry for entry in batch if entry.thread_id not in diverted], tombstones)
+    if mode == "compact" and any(not row["has_views"] for row in known.values()):
+        # A process that began while PostgreSQL was away, on a database that was set up for standard storage: nobody
+        # could read deltas. The next process that begins sets it up.
+        mode = "standard"
     placed = materialize.place(cursor, rows.blobs, storage=mode, recent=recent)
     if placed.deltas and any(row["storage"] != "compact" for row in known.values()):
         cursor.execute(storage.MARK_COMPACT)

@@ -294,6 +294,21 @@ def test_mixed_fleets_read_and_continue_each_other(make_saver: Callable[..., Tie
         assert 0 < database.count("tiered_deltas") < 40
 
 
+def test_no_delta_is_stored_where_there_are_no_views_to_read_it_through(
+    make_saver: Callable[..., TieredSaver], postgres_url: str
+) -> None:
+    """I2: a process that could not set up what compact storage needs stores whole values meanwhile."""
+    with database_of(make_saver, postgres_url, "standard") as database:
+        talk = conversation(steps=6)
+        database.write(talk, talk.records[:3], storage="compact")
+        assert database.count("tiered_deltas") == 0
+        assert storage.recorded(database.connection) == "standard"
+        make_saver(storage="compact", sweep_interval=0).setup()
+        database.write(talk, talk.records[3:], storage="compact")
+        assert database.count("tiered_deltas") == 3
+        assert database.found(talk) == talk.values
+
+
 @both_storages
 def test_a_value_that_shrinks_or_changes_its_type_is_read_as_it_was(
     make_saver: Callable[..., TieredSaver], postgres_url: str, mode: str
