@@ -502,7 +502,7 @@ class Health:
             # Not before: by now another process may have opened the generation, and Redis may have been emptied since,
             # which must not make it look like what it was.
             tier.enter(probe, self._keyspace, prepared)
-            tier.restore_run_leases(probe, self._keyspace, number, leases.unexpired(connection))
+            tier.restore_run_leases(probe, self._keyspace, prepared, leases.unexpired(connection))
 
         quiet = self._config.poll_interval if number > 1 else 0.0
         return generations.open_generation(connection, number, quiet, enter)
