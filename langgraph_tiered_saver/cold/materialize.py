@@ -23,9 +23,10 @@ from langgraph_tiered_saver.deltas import BrokenDeltaError
 from langgraph_tiered_saver.recent import ChannelKey, RecentValues, StoredValue
 from langgraph_tiered_saver.records import FRESH, Blob, CheckpointRecord, Record, TypedValue, unpack_value
 
-# A whole value at least every so many versions, because each delta of a chain costs a descent of an index, about 5 µs. Of
-# a conversation of 400 steps of 1 KB the whole values take 1.0 MB with 64, 0.5 MB with 256 and 0.05 MB with 512, beside
-# 0.7 MB of deltas; reading the end of a chain takes about 1.2, 1.4 and 1.4 times as long as reading the value whole.
+# A whole value at least every so many versions, because each delta of a chain costs a descent of an index, about 5 µs.
+# Of a conversation of 400 steps of 1 KB the whole values take 1.0 MB with 64, 0.5 MB with 256 and 0.05 MB with 512,
+# beside 0.7 MB of deltas; reading the end of a chain takes about 1.2, 1.4 and 1.4 times as long as reading the value
+# whole.
 MOST_DEPTH = 512
 # A chain of appended elements weighs what it makes, and 32 bytes for each delta, which bound a chain of small ones; one
 # that replaces elements would be read in vain for the most part.

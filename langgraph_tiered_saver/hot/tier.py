@@ -653,20 +653,20 @@ def enter(client: SyncRedis, keyspace: Keyspace, prepared: Preparation) -> None:
 
 
 def restore_run_leases(
-    client: SyncRedis, keyspace: Keyspace, generation: int, held: Iterable[tuple[str, str, int]]
+    client: SyncRedis, keyspace: Keyspace, prepared: Preparation, held: Iterable[tuple[str, str, int]]
 ) -> None:
     """Let Redis know the run leases that PostgreSQL records, and no other ones, before a generation is opened.
 
     Args:
         client: Client of the server.
         keyspace: The installation's keys.
-        generation: The generation that Redis was prepared for.
+        prepared: What Redis has entered.
         held: Thread, token, and the microseconds that are left.
 
     Raises:
         HotTierUnavailableError, HotTierRejectedError: it is not done everywhere; it can be repeated.
     """
-    arguments: list[list[bytes | str | int]] = [[generation] for _ in range(keyspace.shards)]
+    arguments: list[list[bytes | str | int]] = [[prepared.generation, prepared.member] for _ in range(keyspace.shards)]
     for thread_id, token, left in held:
         arguments[keyspace.shard_of(thread_id)] += (thread_id.encode(), token, left)
     calls = [HotCall(scripts.RUN_LEASES, (keyspace.shard(s),), given) for s, given in enumerate(arguments)]
