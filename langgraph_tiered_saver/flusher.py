@@ -484,6 +484,7 @@ class Flusher:
             while self._execute(thread_id, item, record) and not (waits := self._set_aside(work, [item], None)):
                 pass
             crash_points.reach("after_delete")
+            self._recent.drop_thread(thread_id)
         except (psycopg.Error, ValueError, LookupError, TypeError) as error:
             # An operation, or arguments, that this version does not know would otherwise be tried for ever.
             self._raise_if_passing(error)

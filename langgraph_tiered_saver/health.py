@@ -123,6 +123,7 @@ class Health:
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._stopping = False
+        self._is_opening = False
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         self._patience = max(3 * config.poll_interval, 1.0)  # after which the others take this process for dead
@@ -263,8 +264,9 @@ class Health:
             leaving.start()
             leaving.join(_LEAVING)
         if self._thread is not None and self._thread is not threading.current_thread():
-            # It may be waiting for a PostgreSQL that hangs; it is a daemon, and touches nothing any more.
-            self._thread.join(_LEAVING / 5)
+            # It may be waiting for a PostgreSQL that hangs; it is a daemon, and touches nothing any more. But a process
+            # that ended in the middle of an opening would leave all others waiting for as long as its end takes.
+            self._thread.join(_LEAVING if self._is_opening else _LEAVING / 5)
 
     def _leave(self) -> None:
         with contextlib.suppress(TieredSaverError):
@@ -473,17 +475,26 @@ class Health:
     def _open(self, number: int) -> bool:
         """Prepare Redis for a generation, and open it; False if it must stay closed for now."""
         floor = self._pool.run(schema.last_sequence) + 1
+        with self._lock:
+            if self._stopping:
+                return False
+            self._is_opening = True
         try:
             with contextlib.closing(self._make_probe()) as probe:
                 prepared = tier.prepare(probe, self._keyspace, number, floor, self._member)
                 crash_points.reach("generation_prepared")
                 current = self._pool.run(lambda connection: self._open_on(connection, probe, prepared))
-        except (ColdTierUnavailableError, ColdTierRejectedError):
+        except (ColdTierUnavailableError, ColdTierRejectedError) as error:
+            if isinstance(error.__cause__, psycopg.errors.IdleInTransactionSessionTimeout):
+                logger.info("Opening generation %d took too long, and others waited for it: %s", number, error)
+                return False
             raise
         except (TieredSaverError, redis.RedisError, OSError) as error:
             logger.info("Redis could not be prepared for generation %d: %s", number, error)
             self.problem = error
             return False
+        finally:
+            self._is_opening = False
         crash_points.reach("generation_opened")
         return current == Generation(number, opened=True)
 
@@ -494,7 +505,7 @@ class Health:
             # Not before: by now another process may have opened the generation, and Redis may have been emptied since,
             # which must not make it look like what it was.
             tier.enter(probe, self._keyspace, prepared)
-            tier.restore_run_leases(probe, self._keyspace, number, leases.unexpired(connection))
+            tier.restore_run_leases(probe, self._keyspace, prepared, leases.unexpired(connection))
 
         quiet = self._config.poll_interval if number > 1 else 0.0
         return generations.open_generation(connection, number, quiet, enter)

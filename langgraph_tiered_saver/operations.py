@@ -760,6 +760,8 @@ def _maintain(
         journaled = {}
         trusted = runtime.hot
         for name, record in left.items():
+            # The next checkpoint is whole, because the hot state goes.
+            runtime.recent.drop_thread(name)
 
             def call(
                 hot: tier.HotCalls, name: str = name, record: MaintenanceRecord = record

@@ -15,8 +15,8 @@ class TieredStats:
         backlog_bytes: Their size in bytes.
         memory_bytes: How many of these bytes this process keeps; the rest is re-read from the journal.
         flush_lag_seconds: Age of the oldest such record in seconds; 0 if there is none.
-        hot_hits: Reads of a latest checkpoint that the hot tier answered.
-        hot_misses: Reads of a latest checkpoint that it could not answer.
+        hot_hits: Reads of a latest checkpoint, or of its delta channels' history, that the hot tier answered.
+        hot_misses: The same, that it could not answer.
         cold_reads: Reads answered by the cold tier, misses among them.
         checkpoints: Checkpoints acknowledged.
         writes: `put_writes` calls acknowledged.

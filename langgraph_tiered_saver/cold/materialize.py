@@ -4,7 +4,7 @@ A delta needs the value of an earlier version, which is found, in this order, in
 of what it wrote last, and in PostgreSQL, whole or as a chain of deltas down to a whole value.
 
 Invariants: a delta that is stored was applied once, so its digest holds; its base is stored; a version is stored whole
-or as a delta, never both; a chain is no longer than `MOST_DEPTH` and weighs no more than the value that it makes.
+or as a delta, never both; a chain is no longer than `MOST_DEPTH` and weighs no more than twice the value that it makes.
 """
 
 from __future__ import annotations
@@ -24,10 +24,13 @@ from langgraph_tiered_saver.recent import ChannelKey, RecentValues, StoredValue
 from langgraph_tiered_saver.records import FRESH, Blob, CheckpointRecord, Record, TypedValue, unpack_value
 
 # A whole value at least every so many versions, because each delta of a chain costs a descent of an index, about 5 µs.
-# That chains weigh no more than values usually comes first, so that whole values are stored at 1, 2, 4, ... KB. Of a
-# conversation of 400 steps of 1 KB the whole values take 1.0 MB with 64, 0.5 MB with 256 and 0.15 MB with 512, beside
-# 0.7 MB of deltas; reading the end of a chain takes about 1.2, 1.4 and 1.4 times as long as reading the value whole.
+# Of a conversation of 400 steps of 1 KB the whole values take 1.0 MB with 64, 0.5 MB with 256 and 0.05 MB with 512,
+# beside 0.7 MB of deltas; reading the end of a chain takes about 1.2, 1.4 and 1.4 times as long as reading the value
+# whole.
 MOST_DEPTH = 512
+# A chain of appended elements weighs what it makes, and 32 bytes for each delta, which bound a chain of small ones; one
+# that replaces elements would be read in vain for the most part.
+MOST_WEIGHT = 2
 # No chain is that long, unless somebody changed rows by hand and made it go round in circles.
 CHAIN_LIMIT = 4096
 
@@ -151,7 +154,7 @@ def next_place(base: Place, delta: bytes, size: int) -> Place | None:
         size: Bytes of the whole value.
     """
     place = Place(base.depth + 1, base.chain_bytes + len(delta))
-    return place if place.depth <= MOST_DEPTH and place.chain_bytes <= size else None
+    return place if place.depth <= MOST_DEPTH and place.chain_bytes <= MOST_WEIGHT * size else None
 
 
 class Weigher:

@@ -38,7 +38,7 @@ WHERE c.thread_id = %(thread)s AND c.checkpoint_ns = %(ns)s AND c.checkpoint_id 
 HAS_DELTAS = "SELECT EXISTS (SELECT FROM tiered_deltas WHERE thread_id = %s AND checkpoint_ns = %s) AS found"
 
 # The same among deltas: a version stays that another one which stays is made from, and goes with the last of them. A
-# chain weighs no more than what it makes, so this is at most as much again; no delta is ever made anew.
+# chain weighs no more than twice what it makes, so this is at most so much; no delta is ever made anew.
 FIND_GARBAGE_OF_CHAINS = """
 WITH RECURSIVE doomed (channel, version) AS (
     SELECT v.key, v.value

@@ -139,6 +139,7 @@ class HotCalls:
         self._run_leases = {} if run_leases is None else run_leases
         self._ttl = "0" if config.hot_ttl is None else str(int(config.hot_ttl * 1000))
         self._namespaces_ttl = "0" if evicts else self._ttl
+        self._ttls = f"{self._ttl} {'0' if evicts else '='}"
 
     def put(self, encoded: EncodedCheckpoint, payload: bytes) -> HotCall:
         """Acknowledge a checkpoint; the reply is empty when it must carry every channel."""
@@ -148,17 +149,12 @@ class HotCalls:
             scripts.PUT,
             (keys.hot(position.checkpoint_ns), keys.journal, keys.shard, keys.dirty, keys.namespaces, keys.seen),
             (
-                position.thread_id,
                 check_size(payload),
                 frame([part.encode() for pair in encoded.unchanged for part in pair]),
                 frame([channel.encode() for channel in encoded.removed]),
-                self._ttl,
-                self._namespaces_ttl,
                 _delta_steps(encoded),
-                int(encoded.is_old_format),
-                seen_bit(position.thread_id, position.checkpoint_ns),
-                self._writer.name,
-                self._run_leases.get(position.thread_id, ""),
+                f"{self._ttls} {encoded.is_old_format:d} {seen_bit(*position[:2])} {self._writer.name} "
+                + self._run_leases.get(position.thread_id, ""),
             ),
         )
 
@@ -168,13 +164,7 @@ class HotCalls:
         return HotCall(
             scripts.PUT_WRITES,
             (keys.hot(checkpoint_ns), keys.journal, keys.shard, keys.dirty, keys.namespaces),
-            (
-                thread_id,
-                check_size(payload),
-                self._ttl,
-                self._namespaces_ttl,
-                self._run_leases.get(thread_id, ""),
-            ),
+            (check_size(payload), f"{self._ttls} {self._run_leases.get(thread_id, '')}"),
         )
 
     def get(self, thread_id: str, checkpoint_ns: str) -> HotRead:
@@ -663,20 +653,20 @@ def enter(client: SyncRedis, keyspace: Keyspace, prepared: Preparation) -> None:
 
 
 def restore_run_leases(
-    client: SyncRedis, keyspace: Keyspace, generation: int, held: Iterable[tuple[str, str, int]]
+    client: SyncRedis, keyspace: Keyspace, prepared: Preparation, held: Iterable[tuple[str, str, int]]
 ) -> None:
     """Let Redis know the run leases that PostgreSQL records, and no other ones, before a generation is opened.
 
     Args:
         client: Client of the server.
         keyspace: The installation's keys.
-        generation: The generation that Redis was prepared for.
+        prepared: What Redis has entered.
         held: Thread, token, and the microseconds that are left.
 
     Raises:
         HotTierUnavailableError, HotTierRejectedError: it is not done everywhere; it can be repeated.
     """
-    arguments: list[list[bytes | str | int]] = [[generation] for _ in range(keyspace.shards)]
+    arguments: list[list[bytes | str | int]] = [[prepared.generation, prepared.member] for _ in range(keyspace.shards)]
     for thread_id, token, left in held:
         arguments[keyspace.shard_of(thread_id)] += (thread_id.encode(), token, left)
     calls = [HotCall(scripts.RUN_LEASES, (keyspace.shard(s),), given) for s, given in enumerate(arguments)]

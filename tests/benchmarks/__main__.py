@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from tests.benchmarks import calls, flushing, graphs, growth, plot
+from tests.benchmarks import calls, flushing, graphs, growth, loops, plot
 from tests.benchmarks.contestants import absentees
 from tests.benchmarks.report import Outcome, as_json, show
 from tests.benchmarks.stage import about, open_stage
@@ -26,10 +26,12 @@ BENCHMARKS = {
     "long": (growth.run_long, "put less the serializer's own time, at 2,000 messages against 20"),
     "traffic": (growth.run_traffic, "bytes to Redis per step at 2,000 messages"),
     "size": (growth.run_size, "PostgreSQL after a 400-step conversation of growing messages"),
+    "lanes": (loops.run_lanes, "calls of an event loop that share a connection, and calls that do not"),
+    "loop": (loops.run_loop, "how long an event loop stands still while a long conversation is stored and read"),
 }
 
 _HELP = (
-    "Measure TieredSaver beside its peers, in one run on embedded servers, and judge the targets of issue 4.\n\n"
+    "Measure TieredSaver beside its peers, in one run on embedded servers, and judge the project's targets.\n\n"
     "Everybody stores the same steps with the same serializer on connections of the same kind. They take turns in "
     "short rounds, in an order drawn by lot, so that a slow minute of the machine hits all; figures are medians, and "
     "what counts are their ratios. The floor is the serializer's own work plus one raw script call with the same bytes "

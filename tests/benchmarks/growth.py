@@ -174,6 +174,8 @@ def run_size(stage: Stage) -> Outcome:
         for name, open_saver in openers.items():
             with ExitStack() as stack:
                 saver: Any = open_saver(stack)
+                with psycopg.connect(database_of(saver), autocommit=True) as connection:
+                    empty = connection.execute(_SIZE).fetchone()
                 run: Any = graph.compile(checkpointer=saver)
                 config = {**new_thread(), "recursion_limit": 10_000}
                 state = run.invoke({"messages": messages[:1]}, config, durability="async")
@@ -182,7 +184,8 @@ def run_size(stage: Stage) -> Outcome:
                 with psycopg.connect(database_of(saver), autocommit=True) as connection:
                     row = connection.execute(_SIZE).fetchone()
                 assert row is not None
-                sizes[name] = [[float(row[0])]]
+                assert empty is not None
+                sizes[name] = [[float(row[0] - empty[0])]]
             bar.advance()
     measurement = Measurement(f"PostgreSQL after {steps} steps", "MiB", sizes)
     outcome.measurements.append(measurement)

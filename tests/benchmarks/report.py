@@ -70,7 +70,7 @@ class Target:
     """A figure that was promised, and the one that was found.
 
     Attributes:
-        what: The target in words, as issue 4 has it.
+        what: The target in words.
         value: The figure; None if it cannot be measured here.
         limit: The bound.
         at_least: It is a lower bound.
@@ -135,7 +135,7 @@ def show(outcome: Outcome, console: Console) -> None:
         reference = POSTGRES if POSTGRES in contestants else ""
         for start in range(0, len(measurements), _ABREAST):
             _show_group(contestants, measurements[start : start + _ABREAST], reference, console)
-    table = Table(title="Targets of issue 4", box=box.SIMPLE_HEAD, caption="in brackets: quartiles over the rounds")
+    table = Table(title="Targets", box=box.SIMPLE_HEAD, caption="in brackets: quartiles over the rounds")
     for name in ("TieredSaver's figure", "found", "target", ""):
         table.add_column(name, justify="left" if name != "found" else "right")
     for target in outcome.targets:

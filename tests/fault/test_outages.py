@@ -36,6 +36,7 @@ from langgraph_tiered_saver import (
 )
 from langgraph_tiered_saver.cold import direct, generations, pool, writer
 from langgraph_tiered_saver.cold.generations import Generation
+from langgraph_tiered_saver.hot import tier
 from langgraph_tiered_saver.records import CheckpointRecord
 from tests.fault.proxy import Proxy
 from tests.fault.stack import RedisServer, Stack
@@ -373,11 +374,11 @@ def test_loading_is_refused_on_connections_that_there_are(stack: Stack, place: P
         seconds = []
         with loading(stack.redis, as_replica=True):
             began = time.monotonic()
-            with pytest.raises(HotTierUnavailableError, match=r"BusyLoadingError.*nothing was acknowledged"):
+            with pytest.raises(HotTierUnavailableError, match=r"(BusyLoadingError|LOADING).*nothing was acknowledged"):
                 savers[0].put(*refused[0])
             seconds.append(time.monotonic() - began)
             began = time.monotonic()
-            with pytest.raises(HotTierUnavailableError, match=r"BusyLoadingError.*nothing was acknowledged"):
+            with pytest.raises(HotTierUnavailableError, match=r"(BusyLoadingError|LOADING).*nothing was acknowledged"):
                 await savers[1].aput(*refused[1])
             seconds.append(time.monotonic() - began)
         return seconds
@@ -951,3 +952,66 @@ def test_a_write_past_redis_that_stood_still_is_repeated(
     assert len(checks) == 2
     proxy.heal()
     place.assert_whole(chain)
+
+
+# --- the end of an outage --------------------------------------------------------------------------------------------
+
+HELD = "SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND mode = 'ExclusiveLock' AND granted"
+
+
+def test_a_process_that_stands_still_while_it_opens_a_generation(stack: Stack, place: Place) -> None:
+    """I8: it keeps the others waiting for a moment only, and does not open it afterwards."""
+    place.open().setup()
+    place.savers[0].close()
+    number = place.rows("SELECT number FROM tiered_generation")[0]["number"]
+    options = {"autocommit": True, "row_factory": dict_row, "options": f"-csearch_path={place.name}"}
+    going_on = threading.Event()
+    entered = threading.Event()
+
+    def stand_still() -> None:
+        entered.set()
+        going_on.wait(10)
+
+    with (
+        stack.postgres.connect(**options) as stopped,
+        stack.postgres.connect(**options) as other,
+        ThreadPoolExecutor(1) as thread,
+    ):
+        generations.start(other, number)
+        opening = thread.submit(generations.open_generation, stopped, number + 1, 0.0, stand_still, patience=0.3)
+        assert entered.wait(10)
+        began = time.monotonic()
+        current = generations.open_generation(other, number + 1, 0.0)
+        assert time.monotonic() - began < 2.0
+        assert current == Generation(number + 1, opened=True)
+        generations.start(other, number + 1)
+        going_on.set()
+        with pytest.raises(psycopg.errors.IdleInTransactionSessionTimeout):
+            opening.result(10)
+        assert generations.read(other) == Generation(number + 2, opened=False)
+
+
+def test_a_saver_that_is_closed_while_it_opens_a_generation(
+    place: Place, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """I8: it does not end in the middle of it, with everybody else waiting for what it holds."""
+    saver = place.open(through(place.stack.redis.url, proxy, place.stack.redis.port))
+    chain = Steps(saver, "red")
+    chain.put(), saver.flush()
+    proxy.refuse()
+    proxy.cut()
+    chain.put()
+    entered = threading.Event()
+    enter = tier.enter
+
+    def slowly(*arguments: Any) -> None:
+        entered.set()
+        time.sleep(0.3)
+        enter(*arguments)
+
+    monkeypatch.setattr(tier, "enter", slowly)
+    proxy.heal()
+    assert entered.wait(10)
+    assert place.rows(HELD)
+    saver.close()
+    assert not place.rows(HELD)

@@ -335,8 +335,12 @@ def test_who_prepared_a_generation_that_another_one_opened(world: World) -> None
     for _ in range(2):
         tier.enter(client, keyspace, first)
         assert world.redis.hget(keyspace.shard(0), "g") == b"2"
+    tier.restore_run_leases(client, keyspace, first, [("red", "token", 60_000_000)])
     with pytest.raises(HotTierUnavailableError):
         tier.enter(client, keyspace, late)
+    with pytest.raises(HotTierUnavailableError):
+        tier.restore_run_leases(client, keyspace, late, [])
+    assert world.redis.hexists(keyspace.shard(0), "f:red")
     world.wipe()
     for prepared in (late, first):
         with pytest.raises(HotTierUnavailableError):

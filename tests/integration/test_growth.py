@@ -179,3 +179,24 @@ def test_recent_values_are_bounded() -> None:
     recent.put(keys[0], StoredValue("2", "msgpack", b"x" * 200_000))
     assert recent.get(keys[0]) is None
     assert LEAST_DELTA_BASE < 10_000
+    recent.drop_thread("thread")
+    assert recent.bytes == 0
+
+
+def test_nothing_is_kept_of_a_deleted_thread(make_saver: Callable[..., TieredSaver]) -> None:
+    """I8: what memory holds of a conversation goes with it, here and in the flusher."""
+    saver = make_saver()
+    talk = Talk("deleted")
+    messages = [said() for _ in range(50)]
+    for _ in range(3):
+        messages = [*messages, said()]
+        talk.put(saver, messages)
+    saver.flush()
+    runtime = saver._source.current()
+    assert runtime.recent.bytes > 0
+    assert runtime.flusher._recent.bytes > 0
+
+    saver.delete_thread("deleted")
+
+    assert runtime.recent.bytes == 0
+    assert runtime.flusher._recent.bytes == 0
