@@ -699,7 +699,7 @@ def test_postgres_saver_reads_our_threads(
     with psycopg.connect(postgres_url) as connection:
         stored = connection.execute("SELECT count(*) FROM tiered_deltas").fetchone()
     assert stored is not None
-    assert (stored[0] > 5) == (saver.config.storage == "compact")
+    assert (stored[0] > 0) == (saver.config.storage == "compact")
 
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.8, 1.0])

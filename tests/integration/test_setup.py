@@ -221,7 +221,7 @@ def test_twenty_processes_at_once(
     assert 3 <= shards < 23
     with redis.Redis.from_url(redis_url) as client:
         assert client.hgetall(meta_key(key_prefix)) == {
-            b"format": b"2",
+            b"format": b"3",
             b"shards": b"%d" % shards,
             b"generation": b"1",
             b"opened": b"1",
