@@ -113,7 +113,7 @@ local branch = current and current ~= parent
 if known[6] then stale[1] = 'l' end
 if current and id < current then
   in_chunks('HDEL', hot, stale)
-  forget_history(hot)
+  histories().forget(hot)
   return reply
 end
 local delta = ARGV[4] ~= '' and unframe(ARGV[4])
@@ -165,7 +165,7 @@ local seeds = {}
 if delta then
   local step = {id = id, parent = parent, current = current, known = not uncertain, given = delta}
   step.writes = parents_writes
-  seeds = advance_history(hot, step, fields, stale)
+  seeds = histories().advance(hot, step, fields, stale)
 end
 local function drop_deltas(channel, deltas)
   for i = 1, tonumber(string.match(deltas or '0', '^%d+')) do stale[#stale + 1] = 's:' .. channel .. '\0' .. i end

@@ -19,7 +19,7 @@ if known[4] then redis.call('HDEL', hot, 'l') end
 if current and id < current then
   local channels = {}
   for i = 9, #record, 3 do channels[record[i]] = true end
-  forget_history(hot, channels)
+  histories().forget(hot, channels)
   return reply
 end
 if not current then
