@@ -70,12 +70,14 @@ class Plan:
         entries: This process's records, oldest first.
         read_journal: Somebody else's records may lie between or before them, so the journal must be read.
         without_journal: Such records are not looked at, because Redis is not trusted: others flush what they hold.
+        generation: The generation that was trusted when this was planned; None if none was.
     """
 
     thread_id: str
     entries: Sequence[Entry]
     read_journal: bool
     without_journal: bool = False
+    generation: int | None = None
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,11 @@ class Backlog:
             self._uses_journal = True
             self._hurry = True
             self._changed.notify_all()
+
+    @property
+    def generation(self) -> int | None:
+        """The generation in which records are taken over; None while none is trusted."""
+        return self._generation
 
     @property
     def uses_journal(self) -> bool:
@@ -326,7 +333,7 @@ class Backlog:
         records = size = 0
         with self._changed:
             self._hurry = False
-            uses_journal = self._uses_journal
+            uses_journal, generation = self._uses_journal, self._generation
             for thread_id, queue in self._queues.items():
                 if records >= self._config.flush_max_records or size >= self._config.flush_max_bytes:
                     break
@@ -342,7 +349,7 @@ class Backlog:
                     queue.settling = []
                     queue.adopt = False
                     chosen, read_journal = list(queue.entries), True
-                plans.append(Plan(thread_id, chosen, read_journal, without_journal=not uses_journal))
+                plans.append(Plan(thread_id, chosen, read_journal, not uses_journal, generation))
                 records += max(1, len(chosen))
                 size += sum(entry.size for entry in chosen)
         return plans

@@ -47,6 +47,7 @@ from langgraph_tiered_saver.records import (
     WritesRecord,
     pack_value,
 )
+from langgraph_tiered_saver.reuse import ElementReuse
 from langgraph_tiered_saver.values import NUL_ESCAPE, dump, encrypts, holds_nul, inlinable, is_json, storable, to_json
 
 # Shorter values cost less to send than to compare.
@@ -143,6 +144,7 @@ def encode_checkpoint(
     metadata: CheckpointMetadata,
     new_versions: ChannelVersions,
     recent: RecentValues | None = None,
+    reuse: ElementReuse | None = None,
 ) -> EncodedCheckpoint:
     """Encode the arguments of `put`; serializes the changed channels only.
 
@@ -153,6 +155,7 @@ def encode_checkpoint(
         metadata: Its metadata.
         new_versions: The changed channels.
         recent: The values stored last, which deltas are made to; None for whole values.
+        reuse: Knows the bytes of messages that were serialized before.
 
     Raises:
         InvalidInputError: no thread_id, or a name that cannot be stored.
@@ -190,7 +193,7 @@ def encode_checkpoint(
             version = version_text(new_versions[channel])
             check_index_entry(parent.thread_id, parent.checkpoint_ns, check_readable(channel, "channel"), version)
             try:
-                typed = dump(serde, channel, value)
+                typed = dump(serde, channel, value, reuse)
             except SerializationError:
                 if not (inline and isinstance(value, (str, int, float)) and is_json(value)):
                     raise

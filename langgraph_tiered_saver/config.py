@@ -52,6 +52,10 @@ class TieredConfig:
     """Most bytes of the latest values kept in memory, which tell what a step added; the flusher keeps as many.
     0: every step sends whole values."""
 
+    reuse_memory_bytes: int = 0
+    """Most bytes of serialized messages that are kept and used again for messages that did not change; make it twice
+    what the live conversations take, or serializing becomes slower. 0: every step serializes all of them."""
+
     shard_count: int = 64
     """How many hash tags threads are spread over. Recorded at the first setup; the recorded number wins."""
 
@@ -179,9 +183,9 @@ class TieredConfig:
             _check(getattr(self, name) > 0, name, getattr(self, name), "more than 0 seconds")
         _check(0.01 <= self.poll_interval <= 60, "poll_interval", self.poll_interval, "0.01 to 60 seconds")
         _check(_is_text(self.durable_channels), "durable_channels", self.durable_channels, "text in Unicode")
-        for name in ("flush_linger", "delta_memory_bytes", "max_memory_bytes", "backlog_timeout", "flush_timeout",
-                     "close_timeout", "exit_timeout", "sweep_interval", "orphan_grace", "redis_retries", "hot_ack",
-                     "hot_ack_timeout", "postgres_statement_timeout"):  # fmt: skip
+        for name in ("flush_linger", "delta_memory_bytes", "reuse_memory_bytes", "max_memory_bytes", "backlog_timeout",
+                     "flush_timeout", "close_timeout", "exit_timeout", "sweep_interval", "orphan_grace",
+                     "redis_retries", "hot_ack", "hot_ack_timeout", "postgres_statement_timeout"):  # fmt: skip
             _check(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
 
     @classmethod

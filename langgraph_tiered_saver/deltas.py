@@ -79,6 +79,7 @@ def fold(base: bytes, deltas: Iterable[bytes]) -> bytes:
     """
     # Pieces of byte strings: which one, where it starts and how long it is.
     pieces: list[tuple[bytes, int, int]] = [(base, 0, len(base))]
+    size = len(base)
     digest = None
     for delta in deltas:
         if len(delta) < HEADER.size:
@@ -88,6 +89,13 @@ def fold(base: bytes, deltas: Iterable[bytes]) -> bytes:
         middle = len(delta) - middle_at
         if middle < 0 or head + first + middle + second != length:
             raise BrokenDeltaError("the delta's lengths do not add up")
+        if len(pieces) > 1 and head and not second and start + first == size and start == pieces[0][2]:
+            # It appends, behind another head, as nearly all do; a chain of them would otherwise take its square.
+            pieces[0] = (delta, HEADER.size, head)
+            pieces.append((delta, middle_at, middle))
+            size = length
+            continue
+        size = length
         made = [(delta, HEADER.size, head)] if head else []
         _cut(pieces, start, first, made)
         if middle:

@@ -219,7 +219,7 @@ class _Demo:
 
     def _journal_records(self) -> int:
         runtime = self.saver._source.current()  # noqa: SLF001 - no public call tells
-        return int(tier.run(runtime.client, runtime.calls.journal(self.thread, 0, 0))[0])
+        return int(tier.run(runtime.client, runtime.calls.journal(self.thread, 0, 0, None))[0])
 
     def _check(self, first: Agent, second: Agent, seen: Seen) -> Outcome:
         self.screen.checking()

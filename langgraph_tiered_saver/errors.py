@@ -60,6 +60,13 @@ class ColdTierRejectedError(TieredSaverError):
     """PostgreSQL refused a statement for a reason that trying again will not change (rights, disk, data)."""
 
 
+class DamagedValueError(TieredSaverError):
+    """A value in PostgreSQL cannot be rebuilt: rows that it is stored in are missing, or hold other bytes.
+
+    Only compact storage has such values. `langgraph-tiered verify` lists them; restore their rows from a backup.
+    """
+
+
 class BothTiersUnavailableError(HotTierUnavailableError, ColdTierUnavailableError):
     """Neither Redis nor PostgreSQL could be used.
 

@@ -14,17 +14,20 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psycopg
 
 from langgraph_tiered_saver import crash_points
 from langgraph_tiered_saver.backlog import Backlog, Plan
 from langgraph_tiered_saver.cold import maintenance, writer
+from langgraph_tiered_saver.cold.generations import Generation
+from langgraph_tiered_saver.cold.materialize import Weigher
 from langgraph_tiered_saver.cold.pool import ColdPool, Connection, is_missing_schema, is_passing, is_poison
 from langgraph_tiered_saver.cold.quarantine import reason_of
 from langgraph_tiered_saver.cold.writer import Journaled, ThreadRecords, Written
 from langgraph_tiered_saver.config import TieredConfig
+from langgraph_tiered_saver.deltas import BrokenDeltaError
 from langgraph_tiered_saver.errors import (
     ColdTierUnavailableError,
     HotTierUnavailableError,
@@ -35,6 +38,7 @@ from langgraph_tiered_saver.errors import (
 from langgraph_tiered_saver.health import Health
 from langgraph_tiered_saver.hot import tier
 from langgraph_tiered_saver.hot.clients import SyncRedis
+from langgraph_tiered_saver.recent import RecentValues
 from langgraph_tiered_saver.records import MaintenanceRecord, decode
 from langgraph_tiered_saver.stats import Counters
 
@@ -52,6 +56,10 @@ _SWEEP_THREADS = 256  # most orphans taken from one shard at once
 _MAINTENANCE_STATEMENTS = 10  # how many times the time-out of a statement a delete or prune may take in all
 _LEAST_READ = 64 * 1024  # bytes read from each of many journals at once
 _UNREADABLE = "unreadable"
+# Transactions in a row for one thread's records, whose deltas may come to much more than they are; then others' turn.
+_MOST_RUNS = 16
+# What is wrong with a record rather than with a server.
+_REFUSALS = (psycopg.Error, UnicodeError, BrokenDeltaError)
 
 
 @dataclass
@@ -64,7 +72,7 @@ class _Work:
         more: The journal holds more than was read.
         missing: Own records that are neither in memory nor in the journal.
         lost: Those of them that PostgreSQL does not have either.
-        unjournaled: The generations of own records that the journal does not have any more.
+        own: The generations of this process's own records among them.
     """
 
     plan: Plan
@@ -72,11 +80,28 @@ class _Work:
     more: bool = False
     missing: list[int] = field(default_factory=list)
     lost: list[int] = field(default_factory=list)
-    unjournaled: set[int] = field(default_factory=set)
+    own: set[int] = field(default_factory=set)
+
+
+class _OutdatedPlanError(Exception):
+    """The generation in which something was planned is not trusted any more; its errors say nothing of the next one."""
 
 
 # Consecutive records of one thread that go into one transaction.
 _Run = tuple[_Work, list[Journaled]]
+
+
+@dataclass
+class _Round:
+    """What goes into one transaction, beside maintenance records, which are transactions of their own.
+
+    Attributes:
+        runs: At most one of each thread.
+        bytes: What PostgreSQL has to take.
+    """
+
+    runs: list[_Run] = field(default_factory=list)
+    bytes: int = 0
 
 
 class Flusher:
@@ -101,6 +126,7 @@ class Flusher:
         self._counters = counters
         self._health = health
         self._repair_schema = repair_schema
+        self._recent = RecentValues(config.delta_memory_bytes)
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
         self._stopping = threading.Event()
@@ -186,7 +212,11 @@ class Flusher:
         plans = self._backlog.plan()
         if plans:
             began = time.monotonic()
-            self.flush(plans)
+            try:
+                self.flush(plans)
+            except _OutdatedPlanError:
+                self._backlog.settle_again()
+                return
             self._ended = time.monotonic()
             self._took = self._ended - began
         elif not self._backlog.uses_journal:
@@ -270,6 +300,7 @@ class Flusher:
         """Write what was planned, acknowledge it to the journal and to those who wait.
 
         Raises:
+            _OutdatedPlanError: some of it must be planned anew.
             TieredSaverError: a tier could not be used.
         """
         # What is in memory goes first: it needs Redis only to be acknowledged.
@@ -279,15 +310,12 @@ class Flusher:
 
     def _collect(self, plans: Sequence[Plan]) -> list[_Work]:
         """Bring each plan's records together: from memory, or the journal merged with memory."""
-        reading = [plan.thread_id for plan in plans if plan.read_journal]
-        most_bytes = max(_LEAST_READ, self._config.flush_max_bytes // max(1, len(reading)))
-        calls = [self._calls.journal(name, self._config.flush_max_records, most_bytes) for name in reading]
-        replies = iter(tier.run_many(self._client, calls) if calls else ())
+        replies = iter(self._journals([plan for plan in plans if plan.read_journal]))
         works = []
         for plan in plans:
             if not plan.read_journal:
                 kept = [(e.sequence, e.payload) for e in plan.entries if e.payload is not None]
-                works.append(_Work(plan, kept, unjournaled={entry.generation for entry in plan.entries}))
+                works.append(_Work(plan, kept, own={entry.generation for entry in plan.entries}))
                 continue
             reply = next(replies)
             journal: dict[int, bytes] = {}
@@ -297,7 +325,6 @@ class Flusher:
             more = int(reply[0]) > len(reply) // 2
             last_read = max(journal, default=0)
             missing = []
-            unjournaled = set()
             # What is in memory and not in the journal was flushed by others, or Redis lost it: write it again.
             for entry in plan.entries:
                 if entry.sequence not in journal and not (more and entry.sequence > last_read):
@@ -305,19 +332,41 @@ class Flusher:
                         missing.append(entry.sequence)
                     else:
                         journal[entry.sequence] = entry.payload
-                        unjournaled.add(entry.generation)
             # Before anything later is written, which would raise the watermark.
             lost = self._beyond_watermark(plan.thread_id, missing) if missing else []
-            works.append(_Work(plan, sorted(journal.items()), more, missing, lost, unjournaled))
+            # The journal may be gone before they are written, and with it what others could have adopted in time.
+            own = {entry.generation for entry in plan.entries if entry.sequence in journal}
+            works.append(_Work(plan, sorted(journal.items()), more, missing, lost, own))
         return works
 
+    def _journals(self, plans: Sequence[Plan]) -> list[Any]:
+        """Read the journals of some threads.
+
+        Raises:
+            _OutdatedPlanError: they must be planned anew.
+            TieredSaverError: Redis could not be used.
+        """
+        most_records = self._config.flush_max_records
+        most_bytes = max(_LEAST_READ, self._config.flush_max_bytes // max(1, len(plans)))
+        # What a journal does not hold is taken for flushed, by whoever waits for it and by the order of what is flushed
+        # now. So it must be the journal of the generation in which that was asked for; a Redis that was emptied in the
+        # meantime has none.
+        calls = [self._calls.journal(plan.thread_id, most_records, most_bytes, plan.generation) for plan in plans]
+        try:
+            return tier.run_many(self._client, calls) if calls else []
+        except HotTierUnavailableError as error:
+            if any(plan.generation != self._backlog.generation for plan in plans):
+                raise _OutdatedPlanError from error
+            raise
+
     def _batches(self, works: Sequence[_Work]) -> list[list[_Run]]:
-        """Decode, and cut into transactions: a maintenance record is one of its own."""
-        rounds: list[list[_Run]] = [[]]
+        """Decode, and cut into transactions: bounded in what PostgreSQL has to take, a maintenance record by itself."""
+        rounds: list[_Round] = []
         for work in works:
             run: list[Journaled] = []
-            depth = 0
-            for sequence, payload in work.records:
+            depth = runs = size = 0
+            weigher = Weigher(self._config.storage)
+            for number, (sequence, payload) in enumerate(work.records):
                 try:
                     generation, record = decode(payload)
                 except ValueError as error:
@@ -325,22 +374,33 @@ class Flusher:
                     # is taken for the newest, so that no tombstone makes it vanish.
                     generation, record = sys.maxsize, MaintenanceRecord(_UNREADABLE, {"reason": reason_of(error)})
                 item = Journaled(sequence, generation, record, payload)
-                if isinstance(record, MaintenanceRecord):
-                    if run:
-                        depth = self._place(rounds, depth, work, run)
-                        run = []
-                    depth = self._place(rounds, depth, work, [item])
+                maintains = isinstance(record, MaintenanceRecord)
+                weight = 0 if maintains else weigher.weigh(record, payload)
+                if run and (maintains or size + weight > self._config.flush_max_bytes):
+                    depth = self._place(rounds, depth, work, run, size)
+                    run, size, runs = [], 0, runs + 1
+                    if runs == _MOST_RUNS:
+                        _leave(work, number)
+                        break
+                    weigher = Weigher(self._config.storage)
+                    weight = 0 if maintains else weigher.weigh(record, payload)
+                if maintains:
+                    depth = self._place(rounds, depth, work, [item], 0)
                 else:
                     run.append(item)
+                    size += weight
             if run or not work.records:
-                self._place(rounds, depth, work, run)
-        return [batch for batch in rounds if batch]
+                self._place(rounds, depth, work, run, size)
+        return [one.runs for one in rounds]
 
-    @staticmethod
-    def _place(rounds: list[list[_Run]], depth: int, work: _Work, run: list[Journaled]) -> int:
-        while len(rounds) <= depth:
-            rounds.append([])
-        rounds[depth].append((work, run))
+    def _place(self, rounds: list[_Round], depth: int, work: _Work, run: list[Journaled], size: int) -> int:
+        """Put a run into the first transaction, from a depth on, that has room; give the depth behind it."""
+        while depth < len(rounds) and rounds[depth].bytes + size > self._config.flush_max_bytes:
+            depth += 1
+        if depth == len(rounds):
+            rounds.append(_Round())
+        rounds[depth].runs.append((work, run))
+        rounds[depth].bytes += size
         return depth + 1
 
     def _write(self, batch: Sequence[_Run]) -> None:
@@ -354,11 +414,9 @@ class Flusher:
 
     def _write_rows(self, batch: Sequence[_Run]) -> None:
         """Write a batch; if a record of it is refused for good, write the threads one by one."""
-        entries = [self._entry(work, run) for work, run in batch]
-        timeout = self._config.postgres_statement_timeout
         try:
-            written = self._transaction(lambda c: writer.write(c, entries, statement_timeout=timeout))
-        except (psycopg.Error, UnicodeError) as error:
+            written = self._write_entries([self._entry(work, run) for work, run in batch])
+        except _REFUSALS as error:
             self._raise_if_passing(error)
             if len(batch) > 1:
                 for one in batch:
@@ -367,30 +425,49 @@ class Flusher:
             self._write_until_refused(*batch[0], error)
             return
         crash_points.reach("after_commit")
+        late = self._notice(batch, written.generation)
         self._done([(w, run, _refusal(w) if w.plan.thread_id in written.diverted else None) for w, run in batch])
-        self._look_out(batch, written)
+        if late:
+            self._health.came_late()
+
+    def _write_entries(self, entries: Sequence[ThreadRecords]) -> Written:
+        written = self._transaction(
+            lambda c: writer.write(
+                c,
+                entries,
+                statement_timeout=self._config.postgres_statement_timeout,
+                storage=self._config.storage,
+                recent=self._recent,
+            )
+        )
+        if written.lost:
+            self._counters.add("lost_records", written.lost)
+        return written
 
     def _write_until_refused(self, work: _Work, run: list[Journaled], error: Exception) -> None:
         """Write a thread's records one by one up to the one that is refused; set that and the later ones aside."""
-        timeout = self._config.postgres_statement_timeout
         at = 0
-        diverted = False
+        diverted = late = False
         if len(run) > 1:
             for at, item in enumerate(run):  # noqa: B007 - where it ends is what is wanted
-                one = [self._entry(work, [item])]
                 try:
-                    written = self._transaction(lambda c, one=one: writer.write(c, one, statement_timeout=timeout))  # type: ignore[misc]
+                    written = self._write_entries([self._entry(work, [item])])
                     diverted = diverted or bool(written.diverted)
-                except (psycopg.Error, UnicodeError) as refused:
+                    late = self._notice([(work, [item])], written.generation) or late
+                except _REFUSALS as refused:
                     self._raise_if_passing(refused)
                     error = refused
                     break
             else:
                 # Somebody else has set the thread aside meanwhile, or PostgreSQL has changed its mind.
                 self._done([(work, run, _refusal(work) if diverted else None)])
+                if late:
+                    self._health.came_late()
                 return
         waits = self._set_aside(work, run[at:], reason_of(error))
         self._done([(work, run, _refusal(work) if waits else None)])
+        if late:
+            self._health.came_late()
 
     def _maintain(self, work: _Work, item: Journaled) -> None:
         thread_id, record = work.plan.thread_id, item.record
@@ -407,6 +484,7 @@ class Flusher:
             while self._execute(thread_id, item, record) and not (waits := self._set_aside(work, [item], None)):
                 pass
             crash_points.reach("after_delete")
+            self._recent.drop_thread(thread_id)
         except (psycopg.Error, ValueError, LookupError, TypeError) as error:
             # An operation, or arguments, that this version does not know would otherwise be tried for ever.
             self._raise_if_passing(error)
@@ -451,11 +529,16 @@ class Flusher:
             )
         return waits
 
-    def _look_out(self, batch: Sequence[_Run], written: Written) -> None:
-        """Notice that records from memory alone came after everybody else had gone on without them."""
-        newest = written.generation
-        if newest.opened and any(old < newest.number for work, _ in batch for old in work.unjournaled):
-            self._health.came_late(newest.number)
+    def _notice(self, batch: Sequence[_Run], newest: Generation) -> bool:
+        """Notice that own records may have come after everybody else had gone on without them.
+
+        Before anybody is told that they are durable: with nothing left to flush, this process would trust Redis in that
+        generation.
+        """
+        if newest.opened and any(old < newest.number for work, _ in batch for old in work.own):
+            self._health.missed_by(newest.number)
+            return True
+        return False
 
     def _transaction(self, work: Callable[[Connection], T], *, statements: int = 1) -> T:
         """Run a transaction; a broken connection and missing tables are mended once."""
@@ -539,6 +622,15 @@ class Flusher:
                 len(work.lost),
                 work.plan.thread_id,
             )
+
+
+def _leave(work: _Work, number: int) -> None:
+    """Leave a thread's records from one on to the next flush."""
+    first = work.records[number][0]
+    del work.records[number:]
+    work.more = work.plan.read_journal
+    work.missing = [sequence for sequence in work.missing if sequence < first]
+    work.lost = [sequence for sequence in work.lost if sequence < first]
 
 
 def _refusal(work: _Work) -> ThreadQuarantinedError:

@@ -123,6 +123,7 @@ class Health:
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._stopping = False
+        self._is_opening = False
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         self._patience = max(3 * config.poll_interval, 1.0)  # after which the others take this process for dead
@@ -226,10 +227,13 @@ class Health:
                 self.closed = None
         self._wake.set()
 
-    def came_late(self, number: int) -> None:
-        """Note that this process brought records to PostgreSQL when a later generation was open without them."""
+    def missed_by(self, number: int) -> None:
+        """Note that a generation was opened without records of this process, so that it is never trusted here."""
         with self._lock:
             self._late = number
+
+    def came_late(self) -> None:
+        """End a generation that was opened without records of this process, which PostgreSQL has by now."""
         self.lose(HotTierUnavailableError("This process was away, and brought older records to PostgreSQL just now."))
         self._wake.set()
 
@@ -260,8 +264,9 @@ class Health:
             leaving.start()
             leaving.join(_LEAVING)
         if self._thread is not None and self._thread is not threading.current_thread():
-            # It may be waiting for a PostgreSQL that hangs; it is a daemon, and touches nothing any more.
-            self._thread.join(_LEAVING / 5)
+            # It may be waiting for a PostgreSQL that hangs; it is a daemon, and touches nothing any more. But a process
+            # that ended in the middle of an opening would leave all others waiting for as long as its end takes.
+            self._thread.join(_LEAVING if self._is_opening else _LEAVING / 5)
 
     def _leave(self) -> None:
         with contextlib.suppress(TieredSaverError):
@@ -374,7 +379,7 @@ class Health:
                 return True
             try:
                 with contextlib.closing(self._make_probe()) as probe:
-                    names = tier.dirty_threads(probe, self._keyspace)
+                    names = tier.dirty_threads(probe, self._keyspace, None)
             except (TieredSaverError, redis.RedisError, OSError) as error:
                 self.is_reachable, self.problem = False, error
                 return True
@@ -470,26 +475,40 @@ class Health:
     def _open(self, number: int) -> bool:
         """Prepare Redis for a generation, and open it; False if it must stay closed for now."""
         floor = self._pool.run(schema.last_sequence) + 1
+        with self._lock:
+            if self._stopping:
+                return False
+            self._is_opening = True
         try:
             with contextlib.closing(self._make_probe()) as probe:
-                tier.prepare(probe, self._keyspace, number, floor)
+                prepared = tier.prepare(probe, self._keyspace, number, floor, self._member)
                 crash_points.reach("generation_prepared")
-                current = self._pool.run(lambda connection: self._open_on(connection, probe, number))
-        except (ColdTierUnavailableError, ColdTierRejectedError):
+                current = self._pool.run(lambda connection: self._open_on(connection, probe, prepared))
+        except (ColdTierUnavailableError, ColdTierRejectedError) as error:
+            if isinstance(error.__cause__, psycopg.errors.IdleInTransactionSessionTimeout):
+                logger.info("Opening generation %d took too long, and others waited for it: %s", number, error)
+                return False
             raise
         except (TieredSaverError, redis.RedisError, OSError) as error:
             logger.info("Redis could not be prepared for generation %d: %s", number, error)
             self.problem = error
             return False
+        finally:
+            self._is_opening = False
         crash_points.reach("generation_opened")
         return current == Generation(number, opened=True)
 
-    def _open_on(self, connection: Connection, probe: SyncRedis, number: int) -> Generation:
-        def restore() -> None:
-            tier.restore_run_leases(probe, self._keyspace, number, leases.unexpired(connection))
+    def _open_on(self, connection: Connection, probe: SyncRedis, prepared: tier.Preparation) -> Generation:
+        number = prepared.generation
+
+        def enter() -> None:
+            # Not before: by now another process may have opened the generation, and Redis may have been emptied since,
+            # which must not make it look like what it was.
+            tier.enter(probe, self._keyspace, prepared)
+            tier.restore_run_leases(probe, self._keyspace, prepared, leases.unexpired(connection))
 
         quiet = self._config.poll_interval if number > 1 else 0.0
-        return generations.open_generation(connection, number, quiet, restore)
+        return generations.open_generation(connection, number, quiet, enter)
 
     def _trust(self, state: tier.HotState, number: int) -> None:
         if self._reported < number and self._cold_away_since is None:

@@ -126,7 +126,9 @@ def put(
     """Acknowledge a checkpoint: one round trip, two when the parent is not hot."""
     recent = runtime.recent
     is_large = recent.bytes >= LARGE and codec.last_size(config, new_versions, recent) >= LARGE
-    encode_all = partial(codec.encode_checkpoint, serde, config, checkpoint, metadata, new_versions, recent)
+    encode_all = partial(
+        codec.encode_checkpoint, serde, config, checkpoint, metadata, new_versions, recent, runtime.reuse
+    )
     encoded = (yield Compute(encode_all)) if is_large else encode_all()
     thread_id = encoded.position.thread_id
     if not runtime.ready:
@@ -471,7 +473,7 @@ def delta_history(
         else:
             flat = yield hot.get(thread_id, ns)
         if not flat:
-            found = yield from _settled(runtime, [thread_id], cold)
+            found = yield from _settled(runtime, hot, [thread_id], cold)
             return found
         fields = _pairs(flat)
         known = history.decode(serde, position, fields, hot.generation, channels)
@@ -519,17 +521,19 @@ def thread_ids(
 
 def _read_settled(runtime: Runtime, names: Sequence[str] | None, work: Callable[[Connection], T]) -> Operation[T]:
     """Read from PostgreSQL once that has everything of some threads (None: of all)."""
-    answer = yield from _read(runtime, lambda hot: _settled(runtime, names, work), work)
+    answer = yield from _read(runtime, lambda hot: _settled(runtime, hot, names, work), work)
     return answer
 
 
-def _settled(runtime: Runtime, names: Sequence[str] | None, work: Callable[[Connection], T]) -> Operation[T]:
+def _settled(
+    runtime: Runtime, hot: tier.HotCalls, names: Sequence[str] | None, work: Callable[[Connection], T]
+) -> Operation[T]:
     """Settle first, then read."""
     runtime.pool.refuse_if_broken()
     if names is None:
-        yield from settle_all(runtime)
+        yield from settle_all(runtime, hot)
     else:
-        yield from settle(runtime, names, look=True)
+        yield from settle(runtime, names, look=hot)
     found: T = yield Blocking(lambda: runtime.cold(work))
     return found
 
@@ -538,25 +542,26 @@ def _settled(runtime: Runtime, names: Sequence[str] | None, work: Callable[[Conn
 
 
 def settle(
-    runtime: Runtime, names: Sequence[str], *, look: bool = False, timeout: float | None = None
+    runtime: Runtime, names: Sequence[str], *, look: tier.HotCalls | None = None, timeout: float | None = None
 ) -> Operation[None]:
     """See to it that PostgreSQL has everything journaled for some threads, whoever wrote it.
 
     Args:
         runtime: The open tiers.
         names: The threads.
-        look: Ask first whether there is anything to flush.
+        look: Ask first, in this generation, whether there is anything to flush.
         timeout: Seconds; `flush_timeout` if None.
 
     Raises:
+        HotTierUnavailableError: Redis is not trusted any more, so nobody knows what was journaled.
         ColdTierUnavailableError: PostgreSQL did not take it in time.
         ThreadQuarantinedError: PostgreSQL refused a record of the thread for good.
     """
-    if look:
+    if look is not None:
         waiting = []
         for name in names:
             # A Redis that lost its journal must not hide what this process still holds.
-            if runtime.backlog.holds(name) or (yield from _journal_length(runtime, name)):
+            if runtime.backlog.holds(name) or (yield from _journal_length(look, name)):
                 waiting.append(name)  # noqa: PERF401 - a comprehension cannot yield
         names = waiting
     if not names:
@@ -569,14 +574,14 @@ def settle(
         )
 
 
-def _journal_length(runtime: Runtime, thread_id: str) -> Operation[int]:
-    reply = yield runtime.calls.journal(thread_id, 0, 0)
+def _journal_length(hot: tier.HotCalls, thread_id: str) -> Operation[int]:
+    reply = yield hot.journal(thread_id, 0, 0, hot.generation)
     return int(reply[0])
 
 
-def settle_all(runtime: Runtime) -> Operation[None]:
+def settle_all(runtime: Runtime, hot: tier.HotCalls) -> Operation[None]:
     """See to it that PostgreSQL has everything that is journaled now, of all threads."""
-    names: list[str] = yield Blocking(lambda: tier.dirty_threads(runtime.client, runtime.calls.keyspace))
+    names: list[str] = yield Blocking(lambda: tier.dirty_threads(runtime.client, hot.keyspace, hot.generation))
     yield from settle(runtime, sorted({*names, *runtime.backlog.threads()}))
 
 
@@ -598,7 +603,7 @@ def wait_durable(runtime: Runtime, config: RunnableConfig, timeout: float | None
     seconds = runtime.config.flush_timeout if timeout is None else timeout
 
     def with_hot(hot: tier.HotCalls) -> Operation[bool]:
-        yield from settle(runtime, [position.thread_id], look=True, timeout=seconds)
+        yield from settle(runtime, [position.thread_id], look=hot, timeout=seconds)
         found: bool = yield Blocking(lambda: runtime.cold(lambda c: reader.exists(c, position)))
         return found
 
@@ -715,7 +720,7 @@ def quarantined_records(runtime: Runtime, thread_id: str) -> Operation[list[quar
 
     def with_hot(hot: tier.HotCalls) -> Operation[list[quarantine.QuarantinedRecord]]:
         with contextlib.suppress(ThreadQuarantinedError):
-            yield from settle(runtime, [name], look=True)
+            yield from settle(runtime, [name], look=hot)
         listed: list[quarantine.QuarantinedRecord] = yield Blocking(lambda: runtime.cold(work))
         return listed
 
@@ -753,7 +758,10 @@ def _maintain(
     left = dict(records)
     while left:
         journaled = {}
+        trusted = runtime.hot
         for name, record in left.items():
+            # The next checkpoint is whole, because the hot state goes.
+            runtime.recent.drop_thread(name)
 
             def call(
                 hot: tier.HotCalls, name: str = name, record: MaintenanceRecord = record
@@ -769,7 +777,9 @@ def _maintain(
         left = journaled
         with suppress(HotTierUnavailableError):
             yield from settle(runtime, list(journaled))
-            left = {}
+            # Also if it was lost and found between the two, when a journal without them is as good as a flushed one.
+            if trusted is not None and runtime.hot is trusted:
+                left = {}
 
 
 def _thread_name(thread_id: object, what: str) -> str:

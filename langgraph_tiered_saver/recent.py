@@ -41,6 +41,7 @@ class RecentValues:
         self._bytes = 0
         self._lock = threading.Lock()
         self._values: OrderedDict[ChannelKey, StoredValue] = OrderedDict()
+        self._of_thread: dict[str, set[ChannelKey]] = {}
 
     @property
     def bytes(self) -> int:
@@ -63,17 +64,27 @@ class RecentValues:
             if size > self._most_bytes:
                 return
             self._values[key] = value
+            self._of_thread.setdefault(key.thread_id, set()).add(key)
             self._bytes += size
             while self._bytes > self._most_bytes:
-                _, oldest = self._values.popitem(last=False)
-                self._bytes -= len(oldest.data) + _OVERHEAD
+                self._drop(next(iter(self._values)))
 
     def drop(self, key: ChannelKey) -> None:
         """Forget a channel's value."""
         with self._lock:
             self._drop(key)
 
+    def drop_thread(self, thread_id: str) -> None:
+        """Forget the values of a thread."""
+        with self._lock:
+            for key in tuple(self._of_thread.get(thread_id, ())):
+                self._drop(key)
+
     def _drop(self, key: ChannelKey) -> None:
         value = self._values.pop(key, None)
         if value is not None:
             self._bytes -= len(value.data) + _OVERHEAD
+            keys = self._of_thread[key.thread_id]
+            keys.discard(key)
+            if not keys:
+                del self._of_thread[key.thread_id]

@@ -50,6 +50,7 @@ from langgraph_tiered_saver.hot.keys import Keyspace
 from langgraph_tiered_saver.leases import LeaseKeeper
 from langgraph_tiered_saver.recent import RecentValues
 from langgraph_tiered_saver.records import Record
+from langgraph_tiered_saver.reuse import ElementReuse
 from langgraph_tiered_saver.stats import Counters, TieredStats
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ class Runtime:
         run_leases: The tokens of the threads whose run lease this process holds.
         leases: Takes, renews and gives up run leases.
         recent: The values stored last, which deltas are made to.
+        reuse: Knows the bytes of messages that were serialized before, if that is asked for.
         writer: Names what this process's memory holds.
         durable_channels: Writes to these return once PostgreSQL has them.
     """
@@ -104,6 +106,7 @@ class Runtime:
         self.config = config
         self.backlog = Backlog(config)
         self.recent = RecentValues(config.delta_memory_bytes)
+        self.reuse = ElementReuse(config.reuse_memory_bytes) if config.reuse_memory_bytes else None
         self.counters = Counters()
         self.executor = DaemonExecutor(config.postgres_pool_size, "langgraph-tiered-cold")
         self.computing = DaemonExecutor(_COMPUTING_THREADS, "langgraph-tiered-computing")
@@ -188,7 +191,8 @@ class Runtime:
     def _shards(self, meta: dict[str, str], hot_error: HotTierUnavailableError | None, *, explicit: bool) -> int:
         """Give the recorded number of shards, and set up what is missing."""
         try:
-            recorded = self.pool.run(schema.recorded, probing=True)
+            storage = self.config.storage
+            recorded = self.pool.run(lambda connection: schema.recorded(connection, storage), probing=True)
             if recorded is None or explicit:
                 if not (explicit or self.config.auto_setup):
                     raise ConfigurationError(
@@ -324,9 +328,11 @@ class Runtime:
                 self.health.moved(closed)
                 return False
             except ColdTierUnavailableError as error:
-                # A conflict with another transaction passes at once.
-                passes = isinstance(error.__cause__, psycopg.errors.TransactionRollback)
-                if not passes or time.monotonic() > deadline:
+                # A conflict with another transaction passes at once. And PostgreSQL is there if it was this process
+                # that stood still until its transaction was ended.
+                conflicts = isinstance(error.__cause__, psycopg.errors.TransactionRollback)
+                stood_still = isinstance(error.__cause__, psycopg.errors.IdleInTransactionSessionTimeout)
+                if not stood_still and (not conflicts or time.monotonic() > deadline):
                     raise self.health.both_away(error) from error
                 time.sleep(random.uniform(*_CONFLICT_PAUSE))  # noqa: S311 - jitter
             else:
@@ -351,6 +357,7 @@ class Runtime:
                         thread_id,
                         shard_of=self.calls.keyspace.shard_of,
                         statement_timeout=self.config.postgres_statement_timeout,
+                        storage=self.config.storage,
                     )
                 )
             except ColdTierRejectedError as error:

@@ -16,6 +16,7 @@ from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 
 from langgraph_tiered_saver.errors import SerializationError
 from langgraph_tiered_saver.records import TypedValue
+from langgraph_tiered_saver.reuse import ElementReuse
 
 # Longer strings go to blobs: inlined, they would travel and be stored again with every checkpoint.
 LONGEST_INLINE_STRING = 1024
@@ -87,16 +88,22 @@ def is_json(value: object) -> bool:
         return False
 
 
-def dump(serde: SerializerProtocol, channel: str, value: Any) -> TypedValue:
+def dump(serde: SerializerProtocol, channel: str, value: Any, reuse: ElementReuse | None = None) -> TypedValue:
     """Serialize one value, as JSON where the serializer has no faithful form for a primitive.
 
     LangGraph's own serializer replaces lone surrogates, and refuses integers beyond 64 bits and subclasses of
     `float`; its reader takes JSON text as well, which holds them all.
+
+    Args:
+        serde: The serializer.
+        channel: The channel's name, for the message.
+        value: The value.
+        reuse: Knows the bytes of messages that were serialized before.
     """
     if type(value) is str and not encodable(value) and (typed := _dump_json(serde, value)):
         return typed
     try:
-        return serde.dumps_typed(value)
+        return (reuse is not None and reuse.dumps(serde, value)) or serde.dumps_typed(value)
     except Exception as error:
         if isinstance(value, (str, int, float)) and (typed := _dump_json(serde, value)):
             return typed

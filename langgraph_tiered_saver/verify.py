@@ -33,8 +33,8 @@ class Problem:
     """Something that must not be, or, as a note, something that is worth knowing.
 
     Attributes:
-        kind: `"blob"`, `"parent"`, `"writes"`, `"journal"`, `"hot"`, `"tombstone"`, `"watermark"`, `"quarantine"` or
-            `"thread"`.
+        kind: `"blob"`, `"delta"`, `"parent"`, `"writes"`, `"journal"`, `"hot"`, `"tombstone"`, `"watermark"`,
+            `"quarantine"` or `"thread"`.
         thread_id: The thread.
         checkpoint_ns: The namespace, or "" if it is about the thread.
         checkpoint_id: The checkpoint, or "".
@@ -144,6 +144,9 @@ class _Checker:
         hot = look_at_hot(self._runtime, names)
         generation = self._runtime.cold(generations.read)
         threads = self._runtime.cold(partial(cold.look, names=names))
+        for name, thread in threads.items():
+            if thread.has_deltas:
+                self._runtime.cold(partial(cold.look_at_deltas, name=name, thread=thread))
         found = {}
         for name in names:
             thread, look = threads[name], hot[name]
@@ -195,6 +198,12 @@ def _of_cold(name: str, thread: ColdThread, look: HotLook) -> Iterator[Problem]:
             "blob", name, lacking.checkpoint_ns, lacking.checkpoint_id,
             f"it references {lacking.expected} blobs, of which {lacking.found} exist{channels}",
             "restore checkpoint_blobs from a backup; until then the reader leaves such channels out",
+        )  # fmt: skip
+    for damaged in thread.damaged:
+        yield Problem(
+            "delta", name, damaged.checkpoint_ns, "",
+            f"version {damaged.version} of channel {damaged.channel!r} cannot be rebuilt: {damaged.reason}",
+            "restore tiered_deltas and checkpoint_blobs from a backup; reading it raises DamagedValueError",
         )  # fmt: skip
     for orphan in thread.orphans:
         yield Problem(

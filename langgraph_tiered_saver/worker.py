@@ -125,7 +125,7 @@ def adopt_all(saver: TieredSaver, progress: Callable[[int, int], None]) -> Statu
     """
     began = time.monotonic()
     runtime = _open(saver)
-    tickets = runtime.backlog.settle(tier.dirty_threads(runtime.client, runtime.calls.keyspace))
+    tickets = runtime.backlog.settle(tier.dirty_threads(runtime.client, runtime.calls.keyspace, None))
     deadline = began + saver.config.flush_timeout
     waiting: Sequence[Ticket] = tickets
     while waiting and (left := deadline - time.monotonic()) > 0:

@@ -18,6 +18,7 @@ from langgraph_tiered_saver.cli.common import (
 )
 from langgraph_tiered_saver.cli.demo_command import demo
 from langgraph_tiered_saver.cli.quarantine_command import quarantine
+from langgraph_tiered_saver.cli.storage_command import storage
 from langgraph_tiered_saver.cli.verify_command import verify
 from langgraph_tiered_saver.cli.worker_command import worker
 
@@ -32,6 +33,7 @@ __all__ = [
     "demo",
     "main",
     "quarantine",
+    "storage",
     "verify",
     "worker",
 ]
@@ -70,6 +72,7 @@ def _main(
 for command in (demo, worker, verify):
     app.command(epilog=EXIT_CODES)(command)
 app.add_typer(quarantine)
+app.add_typer(storage)
 
 
 def main() -> None:

@@ -39,8 +39,9 @@ def verify(
 ) -> None:
     """Compare the tiers and list what is wrong, without changing anything.
 
-    Checks that every blob which a checkpoint references exists, and every parent that was not pruned; the journals'
-    order; what is hot against what is in PostgreSQL; deletions; how far each thread is durable; and the quarantine.
+    Checks that every blob which a checkpoint references exists, that those which are stored as deltas can be rebuilt,
+    and that every parent exists that was not pruned; the journals' order; what is hot against what is in PostgreSQL;
+    deletions; how far each thread is durable; and the quarantine.
     Safe while graphs run: what looks wrong is looked at again. The exit code is 1 if something is wrong.
     """
     console = Console(stderr=True, highlight=False)

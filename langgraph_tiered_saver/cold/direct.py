@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from langgraph_tiered_saver.cold import generations, maintenance
-from langgraph_tiered_saver.cold.pool import Connection
+from langgraph_tiered_saver.cold.pool import Connection, set_timeouts
 from langgraph_tiered_saver.cold.schema import GENERATION_LOCK, LOCK_CLASS
-from langgraph_tiered_saver.cold.writer import Journaled, ThreadRecords, set_timeout, write_locked
+from langgraph_tiered_saver.cold.writer import Journaled, ThreadRecords, write_locked
 from langgraph_tiered_saver.errors import ThreadQuarantinedError, stale_writer
 from langgraph_tiered_saver.records import MaintenanceRecord, Record, encode
 
@@ -75,7 +75,7 @@ def write(
         psycopg.Error: nothing was written.
     """
     with connection.transaction(), connection.cursor() as cursor:
-        set_timeout(cursor, statement_timeout)
+        set_timeouts(connection, statement_timeout)
         cursor.execute("SELECT pg_advisory_xact_lock_shared(%s, %s)", (LOCK_CLASS, GENERATION_LOCK))
         check(connection, number)
         if isinstance(record, MaintenanceRecord):

@@ -11,8 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from psycopg.rows import DictRow
+
 from langgraph_tiered_saver.cold.pool import Connection
 from langgraph_tiered_saver.cold.schema import GENERATION_LOCK, LOCK_CLASS
+
+LONGEST_OPENING = 2.0  # seconds
 
 READ = "SELECT number, opened FROM tiered_generation"
 
@@ -53,7 +57,11 @@ class Generation:
 
 def read(connection: Connection) -> Generation:
     """Read the current generation."""
-    row = connection.execute(READ).fetchone()
+    return of_row(connection.execute(READ).fetchone())
+
+
+def of_row(row: DictRow | None) -> Generation:
+    """Give the generation that was read."""
     # Without a row nothing hot can be trusted, and nothing can be written past it; setup() mends it.
     return Generation(row["number"], row["opened"]) if row else Generation(0, opened=False)
 
@@ -103,7 +111,12 @@ def mark_unreachable(connection: Connection) -> None:
 
 
 def open_generation(
-    connection: Connection, number: int, quiet: float, before: Callable[[], None] = lambda: None
+    connection: Connection,
+    number: int,
+    quiet: float,
+    before: Callable[[], None] = lambda: None,
+    *,
+    patience: float = LONGEST_OPENING,
 ) -> Generation:
     """Open a generation once Redis is prepared for it.
 
@@ -112,11 +125,16 @@ def open_generation(
         number: The generation.
         quiet: Seconds for which nobody may have gone past a Redis that it could not reach.
         before: Called when nobody can go past Redis any more, and nobody trusts it yet; an error keeps it closed.
+        patience: Seconds for which `before` may do nothing in PostgreSQL, while everybody waits. Then PostgreSQL ends
+            this session, and nothing was opened.
 
     Returns:
         The current generation, which may be still closed, or another one.
     """
     with connection.transaction():
+        # A process that is stopped, or ends, in the middle of this would keep the lock until its connection is gone.
+        limit = str(int(patience * 1000))
+        connection.execute("SELECT set_config('idle_in_transaction_session_timeout', %s, true)", (limit,))
         # Whoever is writing past Redis just now finishes first.
         connection.execute("SELECT pg_advisory_xact_lock(%s, %s)", (LOCK_CLASS, GENERATION_LOCK))
         if connection.execute(OPEN, (number, quiet)).rowcount:

@@ -6,9 +6,8 @@ A lease that has ended is gone, even if nobody took it: somebody without a lease
 from __future__ import annotations
 
 from langgraph_tiered_saver.cold import direct
-from langgraph_tiered_saver.cold.pool import Connection
+from langgraph_tiered_saver.cold.pool import Connection, set_timeouts
 from langgraph_tiered_saver.cold.schema import GENERATION_LOCK, LOCK_CLASS
-from langgraph_tiered_saver.cold.writer import set_timeout
 
 ACQUIRE = """
 INSERT INTO tiered_threads AS t (thread_id, run_lease, run_lease_ends)
@@ -58,7 +57,7 @@ def acquire(
         GenerationMovedError: the generation is not closed any more; nothing was changed.
     """
     with connection.transaction(), connection.cursor() as cursor:
-        set_timeout(cursor, statement_timeout)
+        set_timeouts(connection, statement_timeout)
         if closed is not None:
             cursor.execute("SELECT pg_advisory_xact_lock_shared(%s, %s)", (LOCK_CLASS, GENERATION_LOCK))
             direct.check(connection, closed)
@@ -76,7 +75,7 @@ def renew(connection: Connection, thread_id: str, token: str, ttl: float, *, sta
         statement_timeout: Seconds for each statement.
     """
     with connection.transaction(), connection.cursor() as cursor:
-        set_timeout(cursor, statement_timeout)
+        set_timeouts(connection, statement_timeout)
         values = {"thread": thread_id, "token": token, "ttl": ttl}
         return cursor.execute(RENEW, values).fetchone() is not None
 
@@ -84,7 +83,7 @@ def renew(connection: Connection, thread_id: str, token: str, ttl: float, *, sta
 def release(connection: Connection, thread_id: str, token: str, *, statement_timeout: float) -> bool:
     """Give a lease up, if it is the caller's; tell whether it was."""
     with connection.transaction(), connection.cursor() as cursor:
-        set_timeout(cursor, statement_timeout)
+        set_timeouts(connection, statement_timeout)
         return cursor.execute(RELEASE, (thread_id, token)).rowcount > 0
 
 

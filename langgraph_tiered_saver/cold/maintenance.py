@@ -13,9 +13,8 @@ from psycopg import Cursor
 from psycopg.rows import DictRow
 
 from langgraph_tiered_saver.cold import retention
-from langgraph_tiered_saver.cold.pool import Connection
+from langgraph_tiered_saver.cold.pool import Connection, set_timeouts
 from langgraph_tiered_saver.cold.schema import LOCK_CLASS
-from langgraph_tiered_saver.cold.writer import set_timeout
 from langgraph_tiered_saver.records import MaintenanceRecord
 
 _Cursor = Cursor[DictRow]
@@ -47,11 +46,12 @@ WHERE thread_id = %(thread)s"""
 # Nothing older may be in the tables: what tells this tombstone from one that leaves older rows where they are.
 MARK_DELETED = """
 INSERT INTO tiered_threads (thread_id, deleted) VALUES (%s, %s)
-ON CONFLICT (thread_id) DO UPDATE SET deleted = EXCLUDED.deleted"""
+ON CONFLICT (thread_id) DO UPDATE SET deleted = EXCLUDED.deleted, incomplete = false"""
 
 DELETE_ALL = (
     "DELETE FROM checkpoints WHERE thread_id = %s",
     "DELETE FROM checkpoint_blobs WHERE thread_id = %s",
+    "DELETE FROM tiered_deltas WHERE thread_id = %s",
     "DELETE FROM checkpoint_writes WHERE thread_id = %s",
 )
 
@@ -65,10 +65,34 @@ FIND_RUN_CHECKPOINTS = """
 SELECT checkpoint_ns, checkpoint_id FROM checkpoints
 WHERE thread_id = %(thread)s AND metadata ->> 'run_id' = ANY(%(runs)s)"""
 
+HAS_DELTAS = "SELECT EXISTS (SELECT FROM tiered_deltas WHERE thread_id = %s) AS found"
+
+HAS_VALUES = """
+SELECT EXISTS (SELECT FROM checkpoint_blobs WHERE thread_id = %(thread)s)
+    OR EXISTS (SELECT FROM tiered_deltas WHERE thread_id = %(thread)s) AS found"""
+
+COPY_DELTAS = """
+INSERT INTO tiered_deltas (thread_id, checkpoint_ns, channel, version, base, type, delta, depth, chain_bytes, size)
+SELECT %(target)s, checkpoint_ns, channel, version, base, type, delta, depth, chain_bytes, size
+FROM tiered_deltas WHERE thread_id = %(source)s"""
+
+# What the target has under the name of a base may be another value.
+COPY_DELTAS_WHOLE = """
+INSERT INTO checkpoint_blobs (thread_id, checkpoint_ns, channel, version, type, blob)
+SELECT %(target)s, d.checkpoint_ns, d.channel, d.version, d.type,
+    tiered_whole(d.thread_id, d.checkpoint_ns, d.channel, d.version)
+FROM tiered_deltas d WHERE d.thread_id = %(source)s AND NOT EXISTS (
+    SELECT FROM tiered_deltas t WHERE t.thread_id = %(target)s AND t.checkpoint_ns = d.checkpoint_ns
+    AND t.channel = d.channel AND t.version = d.version)
+ON CONFLICT DO NOTHING"""
+
 COPY_ROWS = (
     """INSERT INTO checkpoint_blobs (thread_id, checkpoint_ns, channel, version, type, blob)
     SELECT %(target)s, checkpoint_ns, channel, version, type, blob
-    FROM checkpoint_blobs WHERE thread_id = %(source)s ON CONFLICT DO NOTHING""",
+    FROM checkpoint_blobs b WHERE thread_id = %(source)s AND NOT EXISTS (
+        SELECT FROM tiered_deltas t WHERE t.thread_id = %(target)s AND t.checkpoint_ns = b.checkpoint_ns
+        AND t.channel = b.channel AND t.version = b.version)
+    ON CONFLICT DO NOTHING""",
     """INSERT INTO checkpoints (thread_id, checkpoint_ns, checkpoint_id, parent_checkpoint_id, type, checkpoint,
         metadata, tiered_seq, tiered_blobs)
     SELECT %(target)s, checkpoint_ns, checkpoint_id, parent_checkpoint_id, type, checkpoint, metadata, %(sequence)s,
@@ -113,10 +137,10 @@ def execute(
     if record.operation == RETAIN:
         # What takes long is done before the lock, which holds up every other thread of the shard.
         with connection.transaction(), connection.cursor() as cursor:
-            set_timeout(cursor, statement_timeout)
+            set_timeouts(connection, statement_timeout)
             removal = _prepare(cursor, thread_id, sequence, record)
     with connection.transaction(), connection.cursor() as cursor:
-        set_timeout(cursor, statement_timeout)
+        set_timeouts(connection, statement_timeout)
         lock(cursor, thread_id, record, shard_of)
         known = cursor.execute(READ_TOMBSTONE, (thread_id,)).fetchone()
         if known is None or (known["tombstone"] < sequence and known["tombstone_generation"] <= generation):
@@ -175,9 +199,7 @@ def execute_locked(
             removal = _prepare(cursor, thread_id, sequence, record)
         _retain(cursor, thread_id, sequence, removal)
     elif record.operation == COPY:
-        for statement in COPY_ROWS:
-            values = {"target": thread_id, "source": arguments["source"], "sequence": sequence}
-            cursor.execute(statement.encode(), values)
+        _copy(cursor, thread_id, arguments["source"], sequence)
     elif record.operation == DROP_QUARANTINED:
         _drop_quarantined(cursor, thread_id, sequence)
     else:
@@ -193,6 +215,22 @@ def execute_locked(
 def threads_of_runs(connection: Connection, run_ids: Sequence[str]) -> list[str]:
     """Find the threads that hold checkpoints of some runs."""
     return [row["thread_id"] for row in connection.execute(FIND_RUNS, {"runs": list(run_ids)})]
+
+
+def _copy(cursor: _Cursor, thread_id: str, source: str, sequence: int) -> None:
+    values = {"target": thread_id, "source": source, "sequence": sequence}
+    # Looked at before anything is copied.
+    is_new = not _is_true(cursor.execute(HAS_VALUES, {"thread": thread_id}))
+    if _is_true(cursor.execute(HAS_DELTAS, (source,))):
+        # Deltas need no mark that there are some: the source's have made it.
+        cursor.execute(COPY_DELTAS if is_new else COPY_DELTAS_WHOLE, values)
+    for statement in COPY_ROWS:
+        cursor.execute(statement.encode(), values)
+
+
+def _is_true(cursor: _Cursor) -> bool:
+    row = cursor.fetchone()
+    return bool(row and row["found"])
 
 
 def _delete_all(cursor: _Cursor, thread_id: str, sequence: int) -> None:

@@ -31,6 +31,13 @@ from langgraph_tiered_saver.redaction import redact
 
 logger = logging.getLogger(__name__)
 
+# A process that stands still in a transaction, or whose machine is gone, would keep its locks until TCP gives up. After
+# so many seconds PostgreSQL ends its session instead; what it was about to write, it writes again.
+MOST_IDLE = 5.0
+BOUND = """
+SELECT set_config('idle_in_transaction_session_timeout', %s, true),
+    set_config('statement_timeout', coalesce(%s, current_setting('statement_timeout')), true)"""
+
 T = TypeVar("T")
 Connection = psycopg.Connection[DictRow]
 Pool = ConnectionPool[Connection]
@@ -367,3 +374,14 @@ def is_missing_schema(error: psycopg.Error) -> bool:
         error,
         (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn, psycopg.errors.InvalidSchemaName),
     )
+
+
+def set_timeouts(connection: Connection, seconds: float) -> None:
+    """Bound the current transaction, in one round trip.
+
+    Args:
+        connection: In a transaction.
+        seconds: For every statement; 0 leaves the server's setting. How long locks outlast a process that stands still
+            between two statements is `MOST_IDLE`.
+    """
+    connection.execute(BOUND, (str(int(MOST_IDLE * 1000)), str(int(seconds * 1000)) if seconds else None))

@@ -15,9 +15,12 @@ from psycopg import Cursor
 from psycopg.rows import DictRow
 
 from langgraph_tiered_saver.cold import maintenance
-from langgraph_tiered_saver.cold.pool import Connection
-from langgraph_tiered_saver.cold.schema import LOCK_CLASS
-from langgraph_tiered_saver.cold.writer import Journaled, ThreadRecords, set_timeout, write_locked
+from langgraph_tiered_saver.cold.materialize import Weigher
+from langgraph_tiered_saver.cold.pool import Connection, set_timeouts
+from langgraph_tiered_saver.cold.schema import LOCK_CLASS, STORAGE_LOCK
+from langgraph_tiered_saver.cold.writer import Journaled, ThreadRecords, write_locked
+from langgraph_tiered_saver.config import Storage
+from langgraph_tiered_saver.deltas import BrokenDeltaError
 from langgraph_tiered_saver.records import CHECKPOINT, MAINTENANCE, WRITES, MaintenanceRecord, Record, decode
 
 # The reason is that of the first refused record; those that came later wait because of it.
@@ -138,7 +141,14 @@ def list_records(connection: Connection, thread_id: str) -> list[QuarantinedReco
     return found
 
 
-def retry(connection: Connection, thread_id: str, *, shard_of: Callable[[str], int], statement_timeout: float) -> int:
+def retry(
+    connection: Connection,
+    thread_id: str,
+    *,
+    shard_of: Callable[[str], int],
+    statement_timeout: float,
+    storage: Storage = "standard",
+) -> int:
     """Write a thread's records as they would have been written, and end its quarantine; all of them or none.
 
     Args:
@@ -146,24 +156,28 @@ def retry(connection: Connection, thread_id: str, *, shard_of: Callable[[str], i
         thread_id: The thread.
         shard_of: Gives a thread's shard, whose lock guards it.
         statement_timeout: Seconds for each statement; 0 leaves the server's setting.
+        storage: How values are stored that records carry as deltas.
 
     Returns:
         How many records were written; 0 if none waited.
 
     Raises:
-        StillRefusedError: a record cannot be read, or names an operation that this version does not know.
+        StillRefusedError: a record cannot be read, names an operation that this version does not know, or carries a
+            delta that cannot be applied.
         psycopg.Error: PostgreSQL refused again, or could not be used; nothing was changed.
     """
     while True:
         sources = _copied_from(connection, thread_id)
         with connection.transaction(), connection.cursor() as cursor:
-            set_timeout(cursor, statement_timeout)
+            set_timeouts(connection, statement_timeout)
             # In the order of the shards, like every flush, so that nobody waits in a circle.
+            if storage == "compact":
+                cursor.execute("SELECT pg_advisory_xact_lock_shared(%s, %s)", (LOCK_CLASS, STORAGE_LOCK))
             for shard in sorted({shard_of(name) for name in (thread_id, *sources)}):
                 shared = "" if shard == shard_of(thread_id) else "_shared"
                 cursor.execute(f"SELECT pg_advisory_xact_lock{shared}(%s, %s)".encode(), (LOCK_CLASS, shard))
             if _copied_from(connection, thread_id) <= sources:
-                return _write_all(cursor, thread_id, shard_of(thread_id))
+                return _write_all(cursor, thread_id, shard_of(thread_id), storage)
 
 
 def _copied_from(connection: Connection, thread_id: str) -> frozenset[str]:
@@ -176,7 +190,7 @@ def _copied_from(connection: Connection, thread_id: str) -> frozenset[str]:
     return frozenset(sources)
 
 
-def _write_all(cursor: Cursor[DictRow], thread_id: str, shard: int) -> int:
+def _write_all(cursor: Cursor[DictRow], thread_id: str, shard: int, storage: Storage) -> int:
     written = 0
     # Until this transaction ends nobody else sees that; within it, nothing may be diverted into quarantine again.
     cursor.execute(END, (thread_id,))
@@ -186,10 +200,10 @@ def _write_all(cursor: Cursor[DictRow], thread_id: str, shard: int) -> int:
             if not isinstance(item.record, MaintenanceRecord):
                 run.append(item)
                 continue
-            _write(cursor, thread_id, shard, run)
+            _write(cursor, thread_id, shard, run, storage)
             run = []
             _execute(cursor, thread_id, item, item.record)
-        _write(cursor, thread_id, shard, run)
+        _write(cursor, thread_id, shard, run, storage)
         written += len(page)
     cursor.execute(DELETE, (thread_id,))
     return written
@@ -206,12 +220,29 @@ def _execute(cursor: Cursor[DictRow], thread_id: str, item: Journaled, record: M
     cursor.execute(END, (thread_id,))
 
 
-def _write(cursor: Cursor[DictRow], thread_id: str, shard: int, run: Sequence[Journaled]) -> None:
-    if run:
-        try:
-            write_locked(cursor, [ThreadRecords(thread_id, shard, run)])
-        except UnicodeError as error:
-            raise StillRefusedError(reason_of(error)) from error
+def _write(cursor: Cursor[DictRow], thread_id: str, shard: int, run: Sequence[Journaled], storage: Storage) -> None:
+    """Write records, so many at once as memory is sure to hold when their deltas are made whole."""
+    part: list[Journaled] = []
+    weigher, size = Weigher(storage), 0
+    for item in run:
+        weight = weigher.weigh(item.record, item.payload)
+        if part and size + weight > _PAGE_BYTES:
+            _write_part(cursor, thread_id, shard, part, storage)
+            part, weigher, size = [], Weigher(storage), 0
+            weight = weigher.weigh(item.record, item.payload)
+        part.append(item)
+        size += weight
+    if part:
+        _write_part(cursor, thread_id, shard, part, storage)
+
+
+def _write_part(
+    cursor: Cursor[DictRow], thread_id: str, shard: int, run: Sequence[Journaled], storage: Storage
+) -> None:
+    try:
+        write_locked(cursor, [ThreadRecords(thread_id, shard, run)], storage=storage)
+    except (UnicodeError, BrokenDeltaError) as error:
+        raise StillRefusedError(reason_of(error)) from error
 
 
 def _pages(cursor: Cursor[DictRow], thread_id: str) -> Iterator[list[Journaled]]:

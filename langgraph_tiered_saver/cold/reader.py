@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import CheckpointTuple, DeltaChannelHistory
 from langgraph.checkpoint.postgres import PostgresSaver
 from langgraph.checkpoint.serde.base import SerializerProtocol
+from psycopg.rows import DictRow
 
 from langgraph_tiered_saver.codec import FORMAT_WITH_SENDS, may_be_base
+from langgraph_tiered_saver.cold import storage
 from langgraph_tiered_saver.cold.pool import Connection
+from langgraph_tiered_saver.cold.storage import ChainSerializer
 from langgraph_tiered_saver.errors import ThreadQuarantinedError
 from langgraph_tiered_saver.names import ThreadPosition, version_text
 from langgraph_tiered_saver.records import FRESH, Blob, CheckpointRecord, TypedValue, WritesRecord, encode, pack_value
@@ -24,10 +28,17 @@ WHERE thread_id = %s AND checkpoint_ns = %s AND checkpoint_id = %s ORDER BY task
 
 
 READ_LATER_WRITES = """
-SELECT max(checkpoint_id) AS id, (SELECT quarantined FROM tiered_threads WHERE thread_id = %s) AS quarantined
+SELECT max(checkpoint_id) AS id, (SELECT quarantined FROM tiered_threads WHERE thread_id = %s) AS quarantined,
+    (SELECT value FROM tiered_state WHERE name = 'storage') AS storage,
+    (SELECT value FROM tiered_state WHERE name = 'views') AS views
 FROM checkpoint_writes WHERE thread_id = %s AND checkpoint_ns = %s AND checkpoint_id > %s"""
 
 READ_QUARANTINED = "SELECT 1 AS one FROM tiered_threads WHERE thread_id = %s AND quarantined"
+
+READ_THREAD = """
+SELECT EXISTS (SELECT FROM tiered_threads WHERE thread_id = %s AND quarantined) AS quarantined,
+    (SELECT value FROM tiered_state WHERE name = 'storage') AS storage,
+    (SELECT value FROM tiered_state WHERE name = 'views') AS views"""
 
 EXISTS = """
 SELECT 1 AS one FROM checkpoints WHERE thread_id = %s AND checkpoint_ns = %s AND (checkpoint_id = %s OR %s = '')
@@ -47,7 +58,7 @@ class _RawSerializer:
         self._serde = serde
 
     def loads_typed(self, data: TypedValue) -> RawValue:
-        return RawValue(data)
+        return RawValue(storage.whole(data))
 
     def dumps_typed(self, obj: Any) -> TypedValue:
         # Only the migration of pending sends serializes: a list of what `loads_typed` gave.
@@ -125,16 +136,36 @@ def read_checkpoint(
 
     Raises:
         ThreadQuarantinedError: later records of the thread wait in quarantine, so that nobody can tell.
+        DamagedValueError: a value cannot be rebuilt from its deltas.
     """
     config: RunnableConfig = position.config()
-    found = PostgresSaver(connection, serde=_RawSerializer(serde)).get_tuple(config)
+    library = _RawSerializer(serde)
+    found: CheckpointTuple | None = None
+    later: DictRow | None = None
+
+    def work(connection: Connection) -> CheckpointTuple | None:
+        nonlocal found
+        found = PostgresSaver(connection, serde=library).get_tuple(config)
+        return found
+
+    def look(connection: Connection) -> DictRow | None:
+        nonlocal later
+        if found is None:
+            return _look(connection, thread_id=position.thread_id)
+        checkpoint_id = found.config["configurable"]["checkpoint_id"]
+        at = (position.thread_id, position.thread_id, position.checkpoint_ns, checkpoint_id)
+        later = connection.execute(READ_LATER_WRITES, at).fetchone()
+        return later
+
+    found = storage.read(connection, work, look)
     if found is None:
-        refuse_quarantined(connection, position.thread_id)
         return None
-    writes: dict[tuple[str, str], list[tuple[int, str, bytes]]] = {}
+    if later and later["quarantined"]:
+        raise _quarantined(position.thread_id)
     checkpoint_id = found.config["configurable"]["checkpoint_id"]
-    at = (position.thread_id, position.checkpoint_ns, checkpoint_id)
+    writes: dict[tuple[str, str], list[tuple[int, str, bytes]]] = {}
     if found.pending_writes:
+        at = (position.thread_id, position.checkpoint_ns, checkpoint_id)
         with connection.cursor(binary=True) as cursor:
             for row in cursor.execute(READ_WRITES, at):
                 value = pack_value((row["type"], row["blob"]))
@@ -144,9 +175,6 @@ def read_checkpoint(
         WritesRecord(position.checkpoint_ns, checkpoint_id, task_id, task_path, False, task_writes)
         for (task_id, task_path), task_writes in writes.items()
     ]
-    later = connection.execute(READ_LATER_WRITES, (position.thread_id, *at)).fetchone()
-    if later and later["quarantined"]:
-        raise _quarantined(position.thread_id)
     return ColdCheckpoint(found, records, (later and later["id"]) or "")
 
 
@@ -164,9 +192,12 @@ def read_list(
     Raises:
         ThreadQuarantinedError: records of the one thread that is named wait in quarantine.
     """
-    if config is not None:
-        refuse_quarantined(connection, config["configurable"]["thread_id"])
-    return list(PostgresSaver(connection, serde=serde).list(config, filter=filter, before=before, limit=limit))
+    library = ChainSerializer(serde)
+    return storage.read(
+        connection,
+        lambda c: list(PostgresSaver(c, serde=library).list(config, filter=filter, before=before, limit=limit)),
+        partial(_look, thread_id=config["configurable"]["thread_id"] if config is not None else ""),
+    )
 
 
 def read_delta_history(
@@ -177,8 +208,20 @@ def read_delta_history(
     Raises:
         ThreadQuarantinedError: records of the thread wait in quarantine.
     """
-    refuse_quarantined(connection, config["configurable"]["thread_id"])
-    return PostgresSaver(connection, serde=serde).get_delta_channel_history(config=config, channels=channels)
+    library = ChainSerializer(serde)
+    return storage.read(
+        connection,
+        lambda c: PostgresSaver(c, serde=library).get_delta_channel_history(config=config, channels=channels),
+        partial(_look, thread_id=config["configurable"]["thread_id"]),
+    )
+
+
+def _look(connection: Connection, *, thread_id: str) -> DictRow | None:
+    """Look at a thread and at the storage, after a read."""
+    row = connection.execute(READ_THREAD, (thread_id,)).fetchone()
+    if row and row["quarantined"]:
+        raise _quarantined(thread_id)
+    return row
 
 
 def exists(connection: Connection, position: ThreadPosition) -> bool:

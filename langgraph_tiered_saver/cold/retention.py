@@ -35,6 +35,33 @@ SELECT v.key, v.value
 FROM checkpoints c CROSS JOIN LATERAL jsonb_each_text(c.checkpoint -> 'channel_versions') AS v
 WHERE c.thread_id = %(thread)s AND c.checkpoint_ns = %(ns)s AND c.checkpoint_id <> ALL(%(ids)s)"""
 
+HAS_DELTAS = "SELECT EXISTS (SELECT FROM tiered_deltas WHERE thread_id = %s AND checkpoint_ns = %s) AS found"
+
+# The same among deltas: a version stays that another one which stays is made from, and goes with the last of them. A
+# chain weighs no more than twice what it makes, so this is at most so much; no delta is ever made anew.
+FIND_GARBAGE_OF_CHAINS = """
+WITH RECURSIVE doomed (channel, version) AS (
+    SELECT v.key, v.value
+    FROM checkpoints c CROSS JOIN LATERAL jsonb_each_text(c.checkpoint -> 'channel_versions') AS v
+    WHERE c.thread_id = %(thread)s AND c.checkpoint_ns = %(ns)s AND c.checkpoint_id = ANY(%(ids)s)
+    UNION
+    SELECT d.channel, d.base FROM doomed JOIN tiered_deltas d
+    ON d.thread_id = %(thread)s AND d.checkpoint_ns = %(ns)s AND d.channel = doomed.channel
+        AND d.version = doomed.version
+), kept (channel, version) AS (
+    SELECT v.key, v.value
+    FROM checkpoints c CROSS JOIN LATERAL jsonb_each_text(c.checkpoint -> 'channel_versions') AS v
+    WHERE c.thread_id = %(thread)s AND c.checkpoint_ns = %(ns)s AND c.checkpoint_id <> ALL(%(ids)s)
+    UNION
+    SELECT d.channel, d.base FROM kept JOIN tiered_deltas d
+    ON d.thread_id = %(thread)s AND d.checkpoint_ns = %(ns)s AND d.channel = kept.channel AND d.version = kept.version
+)
+SELECT channel, version FROM doomed EXCEPT SELECT channel, version FROM kept"""
+
+DELETE_GARBAGE_OF_CHAINS = """
+DELETE FROM tiered_deltas AS d USING unnest(%s::text[], %s::text[]) AS garbage (channel, version)
+WHERE d.thread_id = %s AND d.checkpoint_ns = %s AND d.channel = garbage.channel AND d.version = garbage.version"""
+
 DELETE_GARBAGE = """
 DELETE FROM checkpoint_blobs AS b USING unnest(%s::text[], %s::text[]) AS garbage (channel, version)
 WHERE b.thread_id = %s AND b.checkpoint_ns = %s AND b.channel = garbage.channel AND b.version = garbage.version"""
@@ -43,7 +70,10 @@ CUT_PARENTS = """
 UPDATE checkpoints SET parent_checkpoint_id = NULL
 WHERE thread_id = %s AND checkpoint_ns = %s AND checkpoint_id = ANY(%s)"""
 
-READ_STATE = "SELECT count(*) AS count, coalesce(max(tiered_seq), 0) AS last FROM checkpoints WHERE thread_id = %s"
+READ_STATE = """
+SELECT count(*) AS count, coalesce(max(tiered_seq), 0) AS last,
+    coalesce((SELECT conversions FROM tiered_threads WHERE thread_id = %(thread)s), 0) AS conversions
+FROM checkpoints WHERE thread_id = %(thread)s"""
 
 # The checkpoint itself is looked into for its time only: it may be large, and lie out of line.
 READ_CHECKPOINTS = """
@@ -80,7 +110,11 @@ WHERE c.thread_id = %s AND c.checkpoint_ns = %s AND (
     OR EXISTS (
         SELECT 1 FROM checkpoint_blobs b
         WHERE b.thread_id = c.thread_id AND b.checkpoint_ns = c.checkpoint_ns AND b.channel = %s
-        AND b.version = c.checkpoint -> 'channel_versions' ->> %s AND b.type <> 'empty'))"""
+        AND b.version = c.checkpoint -> 'channel_versions' ->> %s AND b.type <> 'empty')
+    OR EXISTS (
+        SELECT 1 FROM tiered_deltas d
+        WHERE d.thread_id = c.thread_id AND d.checkpoint_ns = c.checkpoint_ns AND d.channel = %s
+        AND d.version = c.checkpoint -> 'channel_versions' ->> %s))"""
 
 _UUID_EPOCH = 0x01B21DD213814000  # 100 ns intervals from the calendar reform of 1582 to 1970 (RFC 9562)
 
@@ -156,14 +190,15 @@ class Removal:
     """Rows that go in one transaction.
 
     Attributes:
-        state: What the thread's checkpoints looked like: how many, and the last sequence number.
+        state: What the thread looked like: how many checkpoints, their last sequence number, and how often values were
+            stored in another way.
         whole: Everything of the thread goes.
         ids: Checkpoints, by namespace.
         garbage: Blobs that only they use, by namespace: `(channel, version)`.
         cut: Checkpoints that lose their parent, by namespace.
     """
 
-    state: tuple[int, int]
+    state: tuple[int, int, int]
     whole: bool
     ids: Mapping[str, Sequence[str]]
     garbage: Mapping[str, Sequence[tuple[str, str]]]
@@ -245,7 +280,7 @@ def prepare(cursor: _Cursor, thread_id: str, rules: Rules, up_to: int, most: int
 
 
 def still_holds(cursor: _Cursor, thread_id: str, removal: Removal) -> bool:
-    """Whether no checkpoint of the thread was added, changed or removed since a removal was prepared."""
+    """Whether no checkpoint was added, changed or removed, and no value converted, since a removal was prepared."""
     return _read_state(cursor, thread_id) == removal.state
 
 
@@ -262,17 +297,19 @@ def delete_checkpoints(cursor: _Cursor, thread_id: str, ns: str, ids: Sequence[s
     _delete(cursor, thread_id, ns, ids, _garbage(cursor, thread_id, ns, ids))
 
 
-def _read_state(cursor: _Cursor, thread_id: str) -> tuple[int, int]:
-    row = cursor.execute(READ_STATE, (thread_id,)).fetchone()
+def _read_state(cursor: _Cursor, thread_id: str) -> tuple[int, int, int]:
+    row = cursor.execute(READ_STATE, {"thread": thread_id}).fetchone()
     assert row is not None  # noqa: S101 - an aggregate always gives a row
-    return int(row["count"]), int(row["last"])
+    return int(row["count"]), int(row["last"]), int(row["conversions"])
 
 
 # A statement that was prepared does not know its array, and is planned as if that were short.
 
 
 def _garbage(cursor: _Cursor, thread_id: str, ns: str, ids: Sequence[str]) -> list[tuple[str, str]]:
-    rows = cursor.execute(FIND_GARBAGE, {"thread": thread_id, "ns": ns, "ids": ids}, prepare=False).fetchall()
+    found = cursor.execute(HAS_DELTAS, (thread_id, ns)).fetchone()
+    statement = FIND_GARBAGE_OF_CHAINS if found and found["found"] else FIND_GARBAGE
+    rows = cursor.execute(statement, {"thread": thread_id, "ns": ns, "ids": ids}, prepare=False).fetchall()
     return [(row["channel"], row["version"]) for row in rows]
 
 
@@ -280,6 +317,7 @@ def _delete(cursor: _Cursor, thread_id: str, ns: str, ids: Sequence[str], garbag
     cursor.execute(DELETE_WRITES, (thread_id, ns, ids), prepare=False)
     cursor.execute(DELETE_CHECKPOINTS, (thread_id, ns, ids), prepare=False)
     channels, versions = [channel for channel, _ in garbage], [version for _, version in garbage]
+    cursor.execute(DELETE_GARBAGE_OF_CHAINS, (channels, versions, thread_id, ns), prepare=False)
     cursor.execute(DELETE_GARBAGE, (channels, versions, thread_id, ns), prepare=False)
 
 
@@ -370,7 +408,7 @@ def _holding_deltas(
                 starts.setdefault(channel, []).append(row["checkpoint_id"])
     found: set[str] = set()
     for channel, ids in starts.items():
-        values = (thread_id, ns, channel, channel, channel)
+        values = (thread_id, ns, *[channel] * 5)
         valued = {row["checkpoint_id"] for row in cursor.execute(HAVE_VALUE, values).fetchall()}
         walked: set[str] = set()
         for start in ids:

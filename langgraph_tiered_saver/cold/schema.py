@@ -8,8 +8,9 @@ import time
 from langgraph.checkpoint.postgres import PostgresSaver
 from psycopg import sql
 
+from langgraph_tiered_saver.cold import storage
 from langgraph_tiered_saver.cold.pool import Connection
-from langgraph_tiered_saver.config import TieredConfig
+from langgraph_tiered_saver.config import Storage, TieredConfig
 from langgraph_tiered_saver.errors import ColdTierUnavailableError
 
 # PostgresSaver names its columns, so it never sees ours; its rows have NULL there.
@@ -69,11 +70,32 @@ MIGRATIONS = (
     # Whoever opens a generation looks for the leases that are held. A lease's end, which moves, is not in the index.
     """CREATE INDEX CONCURRENTLY IF NOT EXISTS tiered_threads_run_lease_idx
         ON tiered_threads (thread_id) WHERE run_lease IS NOT NULL""",
+    # A version of a channel that is not in checkpoint_blobs: its value is `delta` applied to that of version `base`.
+    # depth, chain_bytes: how many deltas lie between it and a whole value, and their bytes. size: bytes of the value.
+    """CREATE TABLE IF NOT EXISTS tiered_deltas (
+        thread_id TEXT NOT NULL,
+        checkpoint_ns TEXT NOT NULL,
+        channel TEXT NOT NULL,
+        version TEXT NOT NULL,
+        base TEXT NOT NULL,
+        type TEXT NOT NULL,
+        delta BYTEA NOT NULL,
+        depth INTEGER NOT NULL,
+        chain_bytes BIGINT NOT NULL,
+        size BIGINT NOT NULL,
+        PRIMARY KEY (thread_id, checkpoint_ns, channel, version)
+    )""",
+    # incomplete: a value could not be made, so that checkpoints that reference it must not become visible.
+    # conversions: how often values of the thread were stored in another way.
+    """ALTER TABLE tiered_threads
+        ADD COLUMN IF NOT EXISTS incomplete BOOLEAN NOT NULL DEFAULT false,
+        ADD COLUMN IF NOT EXISTS conversions BIGINT NOT NULL DEFAULT 0""",
 )
 
 LOCK_CLASS = 0x7E1D  # first key of every advisory lock we take
 SETUP_LOCK = -1  # second key; shards count from 0
 GENERATION_LOCK = -2  # held shared by whoever writes past the hot tier, exclusively by whoever opens a generation
+STORAGE_LOCK = -3  # held shared by whoever may store deltas, exclusively by whoever says that there are none
 
 _LOCK_POLL = (0.05, 0.25)
 
@@ -87,12 +109,12 @@ def setup(
 
     Args:
         connection: In autocommit mode.
-        config: Schema, number of shards and time-out.
+        config: Schema, number of shards, storage and time-out.
         generation: The number and whether it is open, if PostgreSQL records none yet.
         repair: Do everything again, because somebody dropped tables that are recorded as made.
 
     Returns:
-        The recorded settings: `shards`.
+        The recorded settings: `shards`, `storage`, and with compact storage `views`, the schema of the views.
 
     Raises:
         ColdTierUnavailableError: another setup held the lock for too long.
@@ -106,7 +128,8 @@ def setup(
                 connection.execute(sql.SQL("CREATE SCHEMA IF NOT EXISTS {}").format(schema))
         if repair:
             # Every migration of either list may run again on what is there.
-            connection.execute("DROP TABLE IF EXISTS checkpoint_migrations, tiered_migrations")
+            for table in ("checkpoint_migrations", "tiered_migrations"):
+                _empty(connection, table)
         PostgresSaver(connection).setup()
         connection.execute("CREATE TABLE IF NOT EXISTS tiered_migrations (v INTEGER PRIMARY KEY)")
         row = connection.execute("SELECT coalesce(max(v), -1) AS v FROM tiered_migrations").fetchone()
@@ -119,6 +142,11 @@ def setup(
             (str(config.shard_count),),
         )
         connection.execute(
+            "INSERT INTO tiered_state (name, value) VALUES ('storage', %s) ON CONFLICT DO NOTHING", (config.storage,)
+        )
+        if "compact" in (config.storage, storage.recorded(connection)):
+            storage.create_views(connection)
+        connection.execute(
             "INSERT INTO tiered_generation (number, opened) VALUES (%s, %s) ON CONFLICT DO NOTHING", generation
         )
         return {r["name"]: r["value"] for r in connection.execute("SELECT name, value FROM tiered_state")}
@@ -127,8 +155,8 @@ def setup(
             connection.execute("SELECT pg_advisory_unlock(%s, %s)", (LOCK_CLASS, SETUP_LOCK))
 
 
-def recorded(connection: Connection) -> dict[str, str] | None:
-    """Give the recorded settings, or None if nothing of this version was set up."""
+def recorded(connection: Connection, wanted: Storage = "standard") -> dict[str, str] | None:
+    """Give the recorded settings, or None if nothing of this version, or not what a storage needs, was set up."""
     row = connection.execute("SELECT to_regclass('tiered_generation') IS NOT NULL AS ready").fetchone()
     if row is None or not row["ready"]:
         return None
@@ -138,7 +166,8 @@ def recorded(connection: Connection) -> dict[str, str] | None:
     if version is None or version["v"] != len(MIGRATIONS) - 1:
         return None
     found = {r["name"]: r["value"] for r in connection.execute("SELECT name, value FROM tiered_state")}
-    return found if "shards" in found else None
+    ready = "shards" in found and (wanted == "standard" or "views" in found)
+    return found if ready else None
 
 
 def last_sequence(connection: Connection) -> int:
@@ -160,6 +189,13 @@ def _lock(connection: Connection, timeout: float) -> None:
                 "by this one; try again, or end the session that holds the advisory lock."
             )
         time.sleep(random.uniform(*_LOCK_POLL))  # noqa: S311 - jitter
+
+
+def _empty(connection: Connection, table: str) -> None:
+    """Empty a table, if it is there; a view may depend on it."""
+    row = connection.execute("SELECT to_regclass(%s) IS NOT NULL AS there", (table,)).fetchone()
+    if row is not None and row["there"]:
+        connection.execute(sql.SQL("DELETE FROM {}").format(sql.Identifier(table)))
 
 
 def _schema_exists(connection: Connection, name: str) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 from psycopg import Cursor
 from psycopg.rows import DictRow
 
+from langgraph_tiered_saver.cold import materialize
 from langgraph_tiered_saver.cold.pool import Connection
 
 PAGE = 100  # threads looked at together
@@ -43,7 +44,8 @@ OR EXISTS (SELECT FROM tiered_threads WHERE thread_id = name)"""
 
 READ_THREADS = """
 SELECT name AS thread_id, t.watermark, t.tombstone, t.deleted, coalesce(t.quarantined, false) AS quarantined, q.reason,
-    q.records, least(c.first, w.first) AS first, greatest(c.last, w.last) AS last
+    q.records, least(c.first, w.first) AS first, greatest(c.last, w.last) AS last,
+    EXISTS (SELECT FROM tiered_deltas WHERE thread_id = name) AS has_deltas
 FROM unnest(%s::text[]) AS name
 LEFT JOIN tiered_threads t ON t.thread_id = name
 CROSS JOIN LATERAL (
@@ -71,6 +73,10 @@ SELECT c.thread_id, c.checkpoint_ns, c.checkpoint_id, c.parent_checkpoint_id, c.
             SELECT FROM checkpoint_blobs x
             WHERE x.thread_id = c.thread_id AND x.checkpoint_ns = c.checkpoint_ns
             AND x.channel = v.key AND x.version = v.value)
+        AND NOT EXISTS (
+            SELECT FROM tiered_deltas x
+            WHERE x.thread_id = c.thread_id AND x.checkpoint_ns = c.checkpoint_ns
+            AND x.channel = v.key AND x.version = v.value)
         ORDER BY v.key LIMIT 5
     ) END AS without
 FROM (
@@ -82,12 +88,23 @@ FROM (
 CROSS JOIN LATERAL (
     SELECT CASE WHEN c.tiered_blobs IS NOT NULL THEN (
         SELECT count(*) FROM jsonb_each_text(c.checkpoint -> 'channel_versions') AS v
-        JOIN checkpoint_blobs x
-            ON x.thread_id = c.thread_id AND x.checkpoint_ns = c.checkpoint_ns
-            AND x.channel = v.key AND x.version = v.value
+        WHERE EXISTS (
+            SELECT FROM checkpoint_blobs x
+            WHERE x.thread_id = c.thread_id AND x.checkpoint_ns = c.checkpoint_ns
+            AND x.channel = v.key AND x.version = v.value)
+        OR EXISTS (
+            SELECT FROM tiered_deltas x
+            WHERE x.thread_id = c.thread_id AND x.checkpoint_ns = c.checkpoint_ns
+            AND x.channel = v.key AND x.version = v.value)
     ) END AS blobs
 ) AS b
 ORDER BY c.thread_id, c.checkpoint_ns, c.checkpoint_id"""
+
+# A version must be stored in one way only: two rows would be read as two values.
+READ_STORED_TWICE = """
+SELECT d.thread_id, d.checkpoint_ns, d.channel, d.version FROM tiered_deltas d
+JOIN checkpoint_blobs b USING (thread_id, checkpoint_ns, channel, version)
+WHERE d.thread_id = %(name)s ORDER BY 2, 3, 4 LIMIT %(limit)s"""
 
 READ_STRAY_WRITES = """
 SELECT w.thread_id, w.checkpoint_ns, w.checkpoint_id, count(*) AS writes, coalesce(max(w.tiered_seq), 0) AS last,
@@ -152,6 +169,23 @@ class StrayWrites:
     is_newest: bool
 
 
+@dataclass(frozen=True)
+class DamagedDelta:
+    """A value that is stored as a delta, and cannot be made of it.
+
+    Attributes:
+        checkpoint_ns: Its namespace.
+        channel: Its channel.
+        version: Its version.
+        reason: Why.
+    """
+
+    checkpoint_ns: str
+    channel: str
+    version: str
+    reason: str
+
+
 @dataclass
 class ColdThread:
     """What the cold tier has of a thread.
@@ -165,11 +199,13 @@ class ColdThread:
         waiting: How many they are.
         first: The least sequence number of its rows; None without any.
         last: The greatest.
+        has_deltas: Some of its values are stored as deltas.
         latest: The latest checkpoint of each namespace.
         incomplete: Some of the checkpoints that miss blobs.
         orphans: Some of the checkpoints that miss their parent.
         strays: Some of the writes that miss their checkpoint.
-        more: How many more there are of the three.
+        damaged: Some of the values that cannot be rebuilt from deltas, once `look_at_deltas` has looked.
+        more: How many more there are of the four.
     """
 
     watermark: int
@@ -180,10 +216,12 @@ class ColdThread:
     waiting: int
     first: int | None
     last: int | None
+    has_deltas: bool = False
     latest: dict[str, str] = field(default_factory=dict)
     incomplete: list[Incomplete] = field(default_factory=list)
     orphans: list[Orphan] = field(default_factory=list)
     strays: list[StrayWrites] = field(default_factory=list)
+    damaged: list[DamagedDelta] = field(default_factory=list)
     more: int = 0
 
 
@@ -218,6 +256,7 @@ def look(connection: Connection, names: Sequence[str]) -> dict[str, ColdThread]:
                 row["records"],
                 row["first"],
                 row["last"],
+                row["has_deltas"],
             )
             for row in cursor.execute(READ_THREADS, (list(names),), prepare=False).fetchall()
         }
@@ -251,6 +290,26 @@ def _look_at_writes(cursor: _Cursor, threads: Mapping[str, ColdThread]) -> None:
         thread = threads[row["thread_id"]]
         stray = StrayWrites(row["checkpoint_ns"], row["checkpoint_id"], row["writes"], row["last"], row["is_newest"])
         _add(thread, thread.strays, stray)
+
+
+def look_at_deltas(connection: Connection, name: str, thread: ColdThread) -> None:
+    """Make every value of a thread that is stored as a delta, and note those that are not what was stored.
+
+    Costs as much as the thread's values are long, so it is a call of its own for each thread, on a snapshot of its own.
+    """
+    thread.damaged.clear()
+    with connection.transaction(), connection.cursor() as cursor:
+        cursor.execute(SNAPSHOT)
+        for row in cursor.execute(READ_STORED_TWICE, {"name": name, "limit": _ROWS}, prepare=False).fetchall():
+            reason = "it is stored both whole and as a delta"
+            _add(thread, thread.damaged, DamagedDelta(row["checkpoint_ns"], row["channel"], row["version"], reason))
+        for stored in materialize.walk(cursor, name):
+            reason = stored.reason
+            if stored.value is not None and len(stored.value[1]) != stored.size:
+                reason = f"it has {len(stored.value[1])} bytes, but its row says {stored.size}"
+            if reason:
+                place = DamagedDelta(stored.key.checkpoint_ns, stored.key.channel, stored.key.version, reason)
+                _add(thread, thread.damaged, place)
 
 
 def _add(thread: ColdThread, faults: list[Any], fault: object) -> None:

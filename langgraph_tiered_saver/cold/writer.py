@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -12,11 +12,14 @@ import psycopg
 from psycopg.rows import DictRow
 
 from langgraph_tiered_saver import crash_points
-from langgraph_tiered_saver.cold import generations
+from langgraph_tiered_saver.cold import generations, materialize, storage
 from langgraph_tiered_saver.cold.generations import Generation
-from langgraph_tiered_saver.cold.pool import Connection
-from langgraph_tiered_saver.cold.schema import LOCK_CLASS
-from langgraph_tiered_saver.records import CheckpointRecord, Record, WritesRecord, unpack_value
+from langgraph_tiered_saver.cold.materialize import BlobKey, Placed
+from langgraph_tiered_saver.cold.pool import Connection, set_timeouts
+from langgraph_tiered_saver.cold.schema import LOCK_CLASS, STORAGE_LOCK
+from langgraph_tiered_saver.config import Storage
+from langgraph_tiered_saver.recent import RecentValues
+from langgraph_tiered_saver.records import Blob, CheckpointRecord, Record, WritesRecord, unpack_value
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +33,9 @@ SELECT count(pg_advisory_xact_lock_shared(%s, shard)) FROM (
 RAISE_WATERMARKS = """
 INSERT INTO tiered_threads (thread_id, watermark) SELECT * FROM unnest(%b::text[], %b::bigint[])
 ON CONFLICT (thread_id) DO UPDATE SET watermark = greatest(tiered_threads.watermark, EXCLUDED.watermark)
-RETURNING thread_id, tombstone, tombstone_generation, quarantined"""
+RETURNING thread_id, tombstone, tombstone_generation, quarantined, incomplete,
+    (SELECT value FROM tiered_state WHERE name = 'storage') AS storage,
+    EXISTS (SELECT FROM tiered_state WHERE name = 'views') AS has_views"""
 
 INSERT_QUARANTINE = """
 INSERT INTO tiered_quarantine (thread_id, sequence, payload)
@@ -40,16 +45,40 @@ SELECT * FROM unnest(%b::text[], %b::bigint[], %b::bytea[]) ON CONFLICT DO NOTHI
 DELETE_INCOMPLETE = """
 DELETE FROM checkpoints c WHERE thread_id = %s AND tiered_seq = ANY(%s) AND tiered_blobs > (
     SELECT count(*) FROM jsonb_each_text(c.checkpoint -> 'channel_versions') AS v
-    JOIN checkpoint_blobs b ON b.thread_id = c.thread_id AND b.checkpoint_ns = c.checkpoint_ns
-        AND b.channel = v.key AND b.version = v.value)"""
+    WHERE EXISTS (
+        SELECT FROM checkpoint_blobs b WHERE b.thread_id = c.thread_id AND b.checkpoint_ns = c.checkpoint_ns
+        AND b.channel = v.key AND b.version = v.value
+    ) OR EXISTS (
+        SELECT FROM tiered_deltas d WHERE d.thread_id = c.thread_id AND d.checkpoint_ns = c.checkpoint_ns
+        AND d.channel = v.key AND d.version = v.value))
+RETURNING checkpoint_id"""
+
+# Later checkpoints may reference what is missing too, without carrying it.
+MARK_INCOMPLETE = "UPDATE tiered_threads SET incomplete = true WHERE thread_id = ANY(%s)"
 
 QUARANTINE = "UPDATE tiered_threads SET quarantined = true WHERE thread_id = %s"
 
 WRITE_REASON = "UPDATE tiered_quarantine SET reason = %s WHERE thread_id = %s AND sequence = %s"
 
+# A version is stored in one of the two tables.
 INSERT_BLOBS = """
 INSERT INTO checkpoint_blobs (thread_id, checkpoint_ns, channel, version, type, blob)
 SELECT * FROM unnest(%b::text[], %b::text[], %b::text[], %b::text[], %b::text[], %b::bytea[])
+    AS r (thread_id, checkpoint_ns, channel, version, type, blob)
+WHERE NOT EXISTS (
+    SELECT FROM tiered_deltas d WHERE d.thread_id = r.thread_id AND d.checkpoint_ns = r.checkpoint_ns
+    AND d.channel = r.channel AND d.version = r.version)
+ON CONFLICT (thread_id, checkpoint_ns, channel, version) DO NOTHING"""
+
+INSERT_DELTAS = """
+INSERT INTO tiered_deltas
+    (thread_id, checkpoint_ns, channel, version, base, type, delta, depth, chain_bytes, size)
+SELECT * FROM unnest(%b::text[], %b::text[], %b::text[], %b::text[], %b::text[], %b::text[], %b::bytea[], %b::int[],
+    %b::bigint[], %b::bigint[])
+    AS r (thread_id, checkpoint_ns, channel, version, base, type, delta, depth, chain_bytes, size)
+WHERE NOT EXISTS (
+    SELECT FROM checkpoint_blobs b WHERE b.thread_id = r.thread_id AND b.checkpoint_ns = r.checkpoint_ns
+    AND b.channel = r.channel AND b.version = r.version)
 ON CONFLICT (thread_id, checkpoint_ns, channel, version) DO NOTHING"""
 
 # A checkpoint that is put again keeps its parent, as in PostgresSaver; the last sequence number wins.
@@ -114,18 +143,30 @@ class Written:
 
     Attributes:
         diverted: Threads under quarantine, whose records were put there.
-        generation: The current generation's number, and whether it is open.
+        generation: The current generation when the records were there for everybody to see. Whoever opened a later one
+            saw them first.
+        lost: How many checkpoints could not be kept, because a value of theirs cannot be made.
     """
 
     diverted: frozenset[str]
     generation: Generation
+    lost: int = 0
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What a transaction of `write_locked` did, to be acted on once it is committed."""
+
+    diverted: frozenset[str]
+    placed: Placed
+    lost: int
 
 
 @dataclass
 class Rows:
     """What the records of a batch come to; later ones are folded into earlier ones by the rules of each table."""
 
-    blobs: dict[tuple[str, str, str, str], tuple[str, bytes]] = field(default_factory=dict)
+    blobs: dict[BlobKey, Blob] = field(default_factory=dict)
     checkpoints: dict[tuple[str, str, str], tuple[str, str, str, int, int]] = field(default_factory=dict)
     first_writes: dict[tuple[str, str, str, str, int], tuple[Any, ...]] = field(default_factory=dict)
     last_writes: dict[tuple[str, str, str, str, int], tuple[Any, ...]] = field(default_factory=dict)
@@ -140,7 +181,7 @@ class Rows:
     def _add_checkpoint(self, thread_id: str, sequence: int, record: CheckpointRecord) -> None:
         ns = record.checkpoint_ns
         for blob in record.blobs:
-            self.blobs.setdefault((thread_id, ns, blob.channel, blob.version), unpack_value(blob.value))
+            self.blobs.setdefault(BlobKey(thread_id, ns, blob.channel, blob.version), blob)
         key = (thread_id, ns, record.checkpoint_id)
         earlier = self.checkpoints.get(key)
         parent = earlier[0] if earlier else record.parent_id
@@ -163,7 +204,14 @@ class Rows:
                 self.first_writes.setdefault(key, row)
 
 
-def write(connection: Connection, batch: Sequence[ThreadRecords], *, statement_timeout: float) -> Written:
+def write(
+    connection: Connection,
+    batch: Sequence[ThreadRecords],
+    *,
+    statement_timeout: float,
+    storage: Storage = "standard",
+    recent: RecentValues | None = None,
+) -> Written:
     """Write records of any number of threads in one transaction, idempotently.
 
     Records older than their thread's tombstone are skipped; those of a thread under quarantine join the others there.
@@ -174,52 +222,124 @@ def write(connection: Connection, batch: Sequence[ThreadRecords], *, statement_t
         connection: In autocommit mode.
         batch: At most one entry for each thread.
         statement_timeout: Seconds; 0 leaves the server's setting.
+        storage: How values are stored that records carry as deltas.
+        recent: The values that were written last; those of this batch join them when it is committed.
 
     Raises:
-        psycopg.Error: nothing was written.
+        psycopg.Error, BrokenDeltaError: nothing was written.
     """
-    # In pipeline mode the transaction costs three round trips instead of one for each statement.
-    pipeline = connection.pipeline() if psycopg.capabilities.has_pipeline() else nullcontext()
-    with pipeline, connection.transaction(), connection.cursor() as cursor:
-        set_timeout(cursor, statement_timeout)
-        cursor.execute(LOCK_SHARED, (LOCK_CLASS, sorted({entry.shard for entry in batch})))
-        with connection.cursor() as other:
-            other.execute(generations.READ)
-            crash_points.reach("after_begin")
-            diverted = write_locked(cursor, batch)
-            row = other.fetchone()
-    return Written(diverted, Generation(row["number"], row["opened"]) if row else Generation(0, opened=False))
+    # In pipeline mode the transaction costs three round trips instead of one for each statement. psycopg's own
+    # transaction blocks would add two, because they wait for their BEGIN and their COMMIT.
+    pipelined = connection.pipeline() if psycopg.capabilities.has_pipeline() else nullcontext()
+    locks = {entry.shard for entry in batch} | ({STORAGE_LOCK} if storage == "compact" else set())
+    with _rolled_back_on_error(connection), pipelined as pipeline, connection.cursor() as cursor:
+        connection.execute("BEGIN")
+        set_timeouts(connection, statement_timeout)
+        cursor.execute(LOCK_SHARED, (LOCK_CLASS, sorted(locks)))
+        crash_points.reach("after_begin")
+        outcome = _write(cursor, batch, storage, recent, pipeline)
+        # What was refused before shows when results are fetched, at the latest when the pipeline ends; until then
+        # PostgreSQL discards everything behind it, this too.
+        connection.execute("COMMIT")
+        # Behind the commit, in the round trip that ends the pipeline. A generation that was opened before the commit
+        # without these records, while this process stood still in the transaction, is seen here. A lock that keeps the
+        # opening waiting for the commit would let one process that stands still hold up all others.
+        current = connection.execute(generations.READ)
+    if recent is not None:
+        for channel, value in outcome.placed.recent.items():
+            recent.put(channel, value)
+    return Written(outcome.diverted, generations.of_row(current.fetchone()), outcome.lost)
 
 
-def write_locked(cursor: psycopg.Cursor[DictRow], batch: Sequence[ThreadRecords]) -> frozenset[str]:
-    """Write records within a transaction that holds their shards' locks.
+@contextmanager
+def _rolled_back_on_error(connection: Connection) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        if not connection.closed:
+            connection.rollback()
+        raise
+
+
+def write_locked(
+    cursor: psycopg.Cursor[DictRow], batch: Sequence[ThreadRecords], *, storage: Storage = "standard"
+) -> frozenset[str]:
+    """Write records within a transaction that holds their shards' locks, and `STORAGE_LOCK` with compact storage.
+
+    Args:
+        cursor: The transaction's.
+        batch: At most one entry for each thread.
+        storage: How values are stored that records carry as deltas.
 
     Returns:
         The threads under quarantine, whose records were put there.
+
+    Raises:
+        psycopg.Error, BrokenDeltaError: the transaction must be rolled back.
     """
+    return _write(cursor, batch, storage, None, None).diverted
+
+
+def _write(
+    cursor: psycopg.Cursor[DictRow],
+    batch: Sequence[ThreadRecords],
+    mode: Storage,
+    recent: RecentValues | None,
+    pipeline: psycopg.Pipeline | None,
+) -> _Outcome:
     _insert(cursor, RAISE_WATERMARKS, {(e.thread_id,): (e.records[-1].sequence,) for e in batch if e.records})
+    if pipeline is not None:
+        # The rows must be waited for anyway; behind a flush instead of a sync, PostgreSQL would not count as idle the
+        # time in which this process stands still.
+        pipeline.sync()
     known = {row["thread_id"]: row for row in cursor} if any(e.records for e in batch) else {}
     diverted = frozenset(name for name, row in known.items() if row["quarantined"])
     tombstones = {name: (row["tombstone"], row["tombstone_generation"]) for name, row in known.items()}
     rows = fold([entry for entry in batch if entry.thread_id not in diverted], tombstones)
-    _insert(cursor, INSERT_BLOBS, rows.blobs)
+    if mode == "compact" and any(not row["has_views"] for row in known.values()):
+        # A process that began while PostgreSQL was away, on a database that was set up for standard storage: nobody
+        # could read deltas. The next process that begins sets it up.
+        mode = "standard"
+    placed = materialize.place(cursor, rows.blobs, storage=mode, recent=recent)
+    if placed.deltas and any(row["storage"] != "compact" for row in known.values()):
+        cursor.execute(storage.MARK_COMPACT)
+    _insert(cursor, INSERT_BLOBS, placed.blobs)
+    _insert(cursor, INSERT_DELTAS, placed.deltas)
     _insert(cursor, INSERT_CHECKPOINTS, rows.checkpoints)
     _insert(cursor, INSERT_FIRST_WRITES, rows.first_writes)
     _insert(cursor, INSERT_LAST_WRITES, rows.last_writes)
-    for entry in batch:
-        if entry.unsure:
-            sequences = [item.sequence for item in entry.records]
-            cursor.execute(DELETE_INCOMPLETE, (entry.thread_id, sequences))
-            if cursor.rowcount > 0:
-                logger.error(
-                    "%d checkpoints of thread %.80r are lost with the records that they were built on",
-                    cursor.rowcount,
-                    entry.thread_id,
-                )
+    lost = _remove_incomplete(cursor, batch, placed, {name for name, row in known.items() if row["incomplete"]})
     if diverted:
         aside = [entry for entry in batch if entry.thread_id in diverted]
         _insert(cursor, INSERT_QUARANTINE, _payloads(aside, tombstones))
-    return diverted
+    return _Outcome(diverted, placed, lost)
+
+
+def _remove_incomplete(
+    cursor: psycopg.Cursor[DictRow], batch: Sequence[ThreadRecords], placed: Placed, incomplete: set[str]
+) -> int:
+    """Remove the checkpoints of a batch that miss a value.
+
+    Returns:
+        How many, of threads whose losses were not counted when their records were found to be missing.
+    """
+    broken = {key.thread_id for key in placed.lost}
+    if broken - incomplete:
+        cursor.execute(MARK_INCOMPLETE, (sorted(broken),))
+    lost = 0
+    for entry in batch:
+        if not entry.unsure and entry.thread_id not in broken and entry.thread_id not in incomplete:
+            continue
+        cursor.execute(DELETE_INCOMPLETE, (entry.thread_id, [item.sequence for item in entry.records]))
+        # A pipeline tells the number of rows only when they are fetched.
+        if removed := len(cursor.fetchall()):
+            lost += 0 if entry.unsure else removed
+            logger.error(
+                "%d checkpoints of thread %.80r are lost with the records that they were built on",
+                removed,
+                entry.thread_id,
+            )
+    return lost
 
 
 def quarantine(connection: Connection, entry: ThreadRecords, reason: str | None, *, statement_timeout: float) -> bool:
@@ -238,7 +358,7 @@ def quarantine(connection: Connection, entry: ThreadRecords, reason: str | None,
         psycopg.Error: nothing was changed.
     """
     with connection.transaction(), connection.cursor() as cursor:
-        set_timeout(cursor, statement_timeout)
+        set_timeouts(connection, statement_timeout)
         cursor.execute(LOCK_SHARED, (LOCK_CLASS, [entry.shard]))
         _insert(cursor, RAISE_WATERMARKS, {(entry.thread_id,): (entry.records[-1].sequence,)})
         row = cursor.fetchone()
@@ -269,12 +389,6 @@ def _is_newer(item: Journaled, tombstone: tuple[int, int]) -> bool:
     return item.sequence > tombstone[0] and item.generation >= tombstone[1]
 
 
-def set_timeout(cursor: psycopg.Cursor[Any], seconds: float) -> None:
-    """Bound every statement of the current transaction."""
-    if seconds:
-        cursor.execute("SELECT set_config('statement_timeout', %s, true)", (str(int(seconds * 1000)),))
-
-
 def fold(batch: Sequence[ThreadRecords], tombstones: Mapping[str, tuple[int, int]]) -> Rows:
     """Work out the rows of some records.
 
@@ -290,7 +404,7 @@ def fold(batch: Sequence[ThreadRecords], tombstones: Mapping[str, tuple[int, int
     return rows
 
 
-def _insert(cursor: psycopg.Cursor[Any], statement: str, rows: Mapping[tuple[Any, ...], tuple[Any, ...]]) -> None:
+def _insert(cursor: psycopg.Cursor[Any], statement: str, rows: Mapping[Any, tuple[Any, ...]]) -> None:
     if rows:
         columns = zip(*(key + rows[key] for key in sorted(rows)), strict=True)
         cursor.execute(statement.encode(), [list(column) for column in columns])

@@ -139,6 +139,7 @@ class HotCalls:
         self._run_leases = {} if run_leases is None else run_leases
         self._ttl = "0" if config.hot_ttl is None else str(int(config.hot_ttl * 1000))
         self._namespaces_ttl = "0" if evicts else self._ttl
+        self._ttls = f"{self._ttl} {'0' if evicts else '='}"
 
     def put(self, encoded: EncodedCheckpoint, payload: bytes) -> HotCall:
         """Acknowledge a checkpoint; the reply is empty when it must carry every channel."""
@@ -148,17 +149,12 @@ class HotCalls:
             scripts.PUT,
             (keys.hot(position.checkpoint_ns), keys.journal, keys.shard, keys.dirty, keys.namespaces, keys.seen),
             (
-                position.thread_id,
                 check_size(payload),
                 frame([part.encode() for pair in encoded.unchanged for part in pair]),
                 frame([channel.encode() for channel in encoded.removed]),
-                self._ttl,
-                self._namespaces_ttl,
                 _delta_steps(encoded),
-                int(encoded.is_old_format),
-                seen_bit(position.thread_id, position.checkpoint_ns),
-                self._writer.name,
-                self._run_leases.get(position.thread_id, ""),
+                f"{self._ttls} {encoded.is_old_format:d} {seen_bit(*position[:2])} {self._writer.name} "
+                + self._run_leases.get(position.thread_id, ""),
             ),
         )
 
@@ -168,13 +164,7 @@ class HotCalls:
         return HotCall(
             scripts.PUT_WRITES,
             (keys.hot(checkpoint_ns), keys.journal, keys.shard, keys.dirty, keys.namespaces),
-            (
-                thread_id,
-                check_size(payload),
-                self._ttl,
-                self._namespaces_ttl,
-                self._run_leases.get(thread_id, ""),
-            ),
+            (check_size(payload), f"{self._ttls} {self._run_leases.get(thread_id, '')}"),
         )
 
     def get(self, thread_id: str, checkpoint_ns: str) -> HotRead:
@@ -247,9 +237,10 @@ class HotCalls:
             scripts.RUN_LEASE, (keys.shard,), (thread_id.encode(), self.generation, what, token, int(ttl * 1e6))
         )
 
-    def journal(self, thread_id: str, most_records: int, most_bytes: int) -> HotCall:
-        """Read a journal from its start."""
-        return HotCall(scripts.JOURNAL, (self.keyspace.thread(thread_id).journal,), (most_records, most_bytes))
+    def journal(self, thread_id: str, most_records: int, most_bytes: int, generation: int | None) -> HotCall:
+        """Read a journal from its start, in a generation; None: in whatever generation it is."""
+        keys = self.keyspace.thread(thread_id)
+        return HotCall(scripts.JOURNAL, (keys.journal, keys.shard), (most_records, most_bytes, generation or ""))
 
     def ack(self, thread_id: str, up_to: int) -> HotCall:
         """Trim a journal up to and including a sequence number."""
@@ -472,15 +463,23 @@ def acquire_sweep(client: SyncRedis, config: TieredConfig) -> bool:
         raise translate(error) from error
 
 
-def dirty_threads(client: SyncRedis, keyspace: Keyspace) -> list[str]:
-    """List every thread that has unflushed records, in one round trip."""
-    try:
-        pipeline = client.pipeline(transaction=False)
-        for shard in range(keyspace.shards):
-            pipeline.zrange(keyspace.dirty(shard), 0, -1)
-        return [name.decode() for names in pipeline.execute() for name in names]
-    except REDIS_ERRORS as error:
-        raise translate(error) from error
+def dirty_threads(client: SyncRedis, keyspace: Keyspace, generation: int | None) -> list[str]:
+    """List every thread that has unflushed records, in one round trip.
+
+    Args:
+        client: Client of the server.
+        keyspace: The installation's keys.
+        generation: The generation that it must be in; None: whatever it is in.
+
+    Raises:
+        HotTierUnavailableError: Redis cannot be reached, or is in another generation.
+        HotTierRejectedError: Redis refused.
+    """
+    calls = [
+        HotCall(scripts.DIRTY, (keyspace.dirty(shard), keyspace.shard(shard)), (generation or "",))
+        for shard in range(keyspace.shards)
+    ]
+    return [name.decode() for names in run_many(client, calls) for name in names]
 
 
 def check_server(client: SyncRedis, config: TieredConfig) -> bool:
@@ -598,27 +597,54 @@ def check_meta(meta: Mapping[str, str], keyspace: Keyspace | None) -> None:
         )
 
 
-def prepare(client: SyncRedis, keyspace: Keyspace, generation: int, clock_floor: int) -> None:
-    """Prepare every shard and the metadata for a generation.
+@dataclass(frozen=True)
+class Preparation:
+    """Redis as it was prepared for a generation, which it enters only if it is still that.
+
+    Attributes:
+        generation: The generation.
+        member: The process that prepared it.
+        instances: Run ids of its servers then.
+    """
+
+    generation: int
+    member: str
+    instances: frozenset[str]
+
+
+def prepare(client: SyncRedis, keyspace: Keyspace, generation: int, clock_floor: int, member: str) -> Preparation:
+    """Prepare every shard for a generation.
 
     Args:
         client: Client of the server.
         keyspace: The installation's keys.
         generation: The generation.
         clock_floor: No sequence number will be less than this one.
+        member: This process. Its mark is on each shard until somebody opens a generation, however often it prepares.
 
     Raises:
         HotTierUnavailableError, HotTierRejectedError: it is not done everywhere; it can be repeated.
     """
-    run_many(
-        client,
-        [HotCall(scripts.OPEN, (keyspace.shard(s),), (generation, clock_floor)) for s in range(keyspace.shards)],
-    )
+    prepared = Preparation(generation, member, instances_of(client))
+    arguments = generation, clock_floor, member
+    run_many(client, [HotCall(scripts.PREPARE, (keyspace.shard(s),), arguments) for s in range(keyspace.shards)])
+    return prepared
+
+
+def enter(client: SyncRedis, keyspace: Keyspace, prepared: Preparation) -> None:
+    """Let every shard, and the metadata, enter a generation; of those who prepared it, only one may.
+
+    Raises:
+        HotTierUnavailableError: Redis cannot be reached, or was emptied since it was prepared.
+        HotTierRejectedError: it is not done everywhere.
+    """
+    arguments = prepared.generation, prepared.member
+    run_many(client, [HotCall(scripts.OPEN, (keyspace.shard(s),), arguments) for s in range(keyspace.shards)])
     meta = {
         "format": FORMAT,
         "shards": str(keyspace.shards),
-        "generation": str(generation),
-        "instances": ",".join(sorted(instances_of(client))),
+        "generation": str(prepared.generation),
+        "instances": ",".join(sorted(prepared.instances)),
     }
     try:
         client.hset(meta_key(keyspace.prefix), mapping=meta)
@@ -627,20 +653,20 @@ def prepare(client: SyncRedis, keyspace: Keyspace, generation: int, clock_floor:
 
 
 def restore_run_leases(
-    client: SyncRedis, keyspace: Keyspace, generation: int, held: Iterable[tuple[str, str, int]]
+    client: SyncRedis, keyspace: Keyspace, prepared: Preparation, held: Iterable[tuple[str, str, int]]
 ) -> None:
     """Let Redis know the run leases that PostgreSQL records, and no other ones, before a generation is opened.
 
     Args:
         client: Client of the server.
         keyspace: The installation's keys.
-        generation: The generation that Redis was prepared for.
+        prepared: What Redis has entered.
         held: Thread, token, and the microseconds that are left.
 
     Raises:
         HotTierUnavailableError, HotTierRejectedError: it is not done everywhere; it can be repeated.
     """
-    arguments: list[list[bytes | str | int]] = [[generation] for _ in range(keyspace.shards)]
+    arguments: list[list[bytes | str | int]] = [[prepared.generation, prepared.member] for _ in range(keyspace.shards)]
     for thread_id, token, left in held:
         arguments[keyspace.shard_of(thread_id)] += (thread_id.encode(), token, left)
     calls = [HotCall(scripts.RUN_LEASES, (keyspace.shard(s),), given) for s, given in enumerate(arguments)]
@@ -649,10 +675,7 @@ def restore_run_leases(
 
 def record_opened(client: SyncRedis, prefix: str, generation: int) -> None:
     """Record that a generation is open, for processes that begin while PostgreSQL cannot tell them."""
-    try:
-        client.hset(meta_key(prefix), "opened", str(generation))
-    except REDIS_ERRORS as error:
-        raise translate(error) from error
+    run(client, HotCall(scripts.RECORD_OPENED, (meta_key(prefix),), (generation,)))
 
 
 def acquire_filling(client: SyncRedis, prefix: str) -> bool:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from tests.benchmarks import calls, flushing, graphs, growth, plot
+from tests.benchmarks import calls, flushing, graphs, growth, loops, plot
 from tests.benchmarks.contestants import absentees
 from tests.benchmarks.report import Outcome, as_json, show
 from tests.benchmarks.stage import about, open_stage
@@ -25,10 +26,12 @@ BENCHMARKS = {
     "long": (growth.run_long, "put less the serializer's own time, at 2,000 messages against 20"),
     "traffic": (growth.run_traffic, "bytes to Redis per step at 2,000 messages"),
     "size": (growth.run_size, "PostgreSQL after a 400-step conversation of growing messages"),
+    "lanes": (loops.run_lanes, "calls of an event loop that share a connection, and calls that do not"),
+    "loop": (loops.run_loop, "how long an event loop stands still while a long conversation is stored and read"),
 }
 
 _HELP = (
-    "Measure TieredSaver beside its peers, in one run on embedded servers, and judge the targets of issue 4.\n\n"
+    "Measure TieredSaver beside its peers, in one run on embedded servers, and judge the project's targets.\n\n"
     "Everybody stores the same steps with the same serializer on connections of the same kind. They take turns in "
     "short rounds, in an order drawn by lot, so that a slow minute of the machine hits all; figures are medians, and "
     "what counts are their ratios. The floor is the serializer's own work plus one raw script call with the same bytes "
@@ -39,6 +42,7 @@ _HELP = (
     "`python -m tests.benchmarks.soak` (whether memory stays flat for an hour)."
 )
 
+_QUIET = 0.9
 _WIDTH = 130  # of tables that no terminal shows
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
@@ -77,6 +81,13 @@ def main(
         for name in only or BENCHMARKS:
             with stage.clean():
                 outcome.add(BENCHMARKS[name][0](stage))
+        outcome.notes += stage.notes
+        described |= {"share_of_a_core": stage.share, "load_average_after": os.getloadavg()[0]}
+        if stage.share < _QUIET:
+            outcome.notes.append(
+                f"A busy thread got {stage.share:.0%} of a core: the machine did other things meanwhile, which costs "
+                "those most who wait for other processes. Ratios of a quieter run are better ones."
+            )
     output = Console()
     show(outcome, output if output.is_terminal else Console(width=_WIDTH))
     if json_file is not None:

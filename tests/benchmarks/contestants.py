@@ -42,7 +42,11 @@ def tiered(stage: Stage, stack: ExitStack | AsyncExitStack, urls: Urls | None = 
     database = urls.database(stack.enter_context(stage.database()))
     saver = TieredSaver.from_conn_string(urls.redis, database, key_prefix=uuid.uuid4().hex, **settings)
     _databases[saver] = database
-    stack.enter_context(saver)
+    stack.callback(saver.close)
+    if isinstance(stack, AsyncExitStack):
+        # It closes the client of the stack's event loop too, and then `close` has nothing left to do.
+        stack.push_async_callback(saver.aclose)
+    stack.callback(_note_detours, stage, saver)
     saver.setup()
     return saver
 
@@ -112,9 +116,7 @@ async def open_async_savers(
         if name == MEMORY:
             savers[name] = InMemorySaver()
         elif name in (OURS, THROUGH):
-            saver = tiered(stage, stack, urls, write_mode="behind" if name == OURS else "through")
-            # The stack's own `close` would come from the loop's thread, but without closing the loop's client.
-            savers[name] = await stack.enter_async_context(saver)
+            savers[name] = tiered(stage, stack, urls, write_mode="behind" if name == OURS else "through")
         elif name == POSTGRES:
             url = urls.database(stack.enter_context(stage.database()))
             savers[name] = await async_postgres_at(url, stack)
@@ -137,6 +139,16 @@ async def open_async_savers(
 def database_of(saver: Saver) -> str:
     """Give the URL of the database that a saver of this module was opened on."""
     return _databases[saver]
+
+
+def _note_detours(stage: Stage, saver: TieredSaver) -> None:
+    """Say so if calls were measured that went past Redis."""
+    stats = saver.stats()
+    if stats.direct_writes or stats.direct_reads:
+        stage.notes.append(
+            f"{stats.direct_writes} writes and {stats.direct_reads} reads of a TieredSaver went past Redis, because "
+            "this machine stood still for longer than a process may."
+        )
 
 
 def settle(saver: Saver) -> None:

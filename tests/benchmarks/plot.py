@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +43,19 @@ def draw(outcome: Outcome, file: Path, caption: str) -> None:
     panels = [m for m in outcome.measurements if m.in_plot and POSTGRES in m.rounds]
     if not panels:
         raise PlotUnavailableError("Nothing that was measured is shown in the plot; leave --plot or --only out.")
-    contestants = list(dict.fromkeys(name for panel in panels for name in panel.rounds))
-    rows = math.ceil(len(panels) / _COLUMNS)
+    rows = [panels[start : start + _COLUMNS] for start in range(0, len(panels), _COLUMNS)]
+    # Each row shows those who took part in one of its panels.
+    contestants = [list(dict.fromkeys(name for panel in row for name in panel.rounds)) for row in rows]
+    heights = [0.22 * len(names) + 0.6 for names in contestants]
     columns = min(_COLUMNS, len(panels))
-    height = 0.22 * len(contestants) + 0.6
-    figure, axes = pyplot.subplots(rows, columns, figsize=(3.1 * columns + 1.6, height * rows + 0.5), squeeze=False)
-    for index, axis in enumerate(axes.flat):
-        if index < len(panels):
-            _panel(axis, panels[index], contestants, labels=index % columns == 0)
-        else:
-            axis.set_visible(False)
+    size = (3.1 * columns + 1.6, sum(heights) + 0.5)
+    figure, axes = pyplot.subplots(len(rows), columns, figsize=size, squeeze=False, height_ratios=heights)
+    for axis in axes.flat:
+        axis.set_visible(False)
+    for row, names, places in zip(rows, contestants, axes, strict=True):
+        for panel, axis in zip(row, places, strict=False):
+            axis.set_visible(True)
+            _panel(axis, panel, names, labels=panel is row[0])
     figure.suptitle(f"Time as a ratio to PostgresSaver: shorter is better. {caption}", fontsize=9, x=0.01, ha="left")
     figure.tight_layout()
     figure.savefig(file, dpi=150)

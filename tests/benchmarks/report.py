@@ -70,7 +70,7 @@ class Target:
     """A figure that was promised, and the one that was found.
 
     Attributes:
-        what: The target in words, as issue 4 has it.
+        what: The target in words.
         value: The figure; None if it cannot be measured here.
         limit: The bound.
         at_least: It is a lower bound.
@@ -135,7 +135,7 @@ def show(outcome: Outcome, console: Console) -> None:
         reference = POSTGRES if POSTGRES in contestants else ""
         for start in range(0, len(measurements), _ABREAST):
             _show_group(contestants, measurements[start : start + _ABREAST], reference, console)
-    table = Table(title="Targets of issue 4", box=box.SIMPLE_HEAD, caption="in brackets: quartiles over the rounds")
+    table = Table(title="Targets", box=box.SIMPLE_HEAD, caption="in brackets: quartiles over the rounds")
     for name in ("TieredSaver's figure", "found", "target", ""):
         table.add_column(name, justify="left" if name != "found" else "right")
     for target in outcome.targets:
@@ -187,6 +187,14 @@ def _verdict(holds: bool | None) -> str:
     return {True: "[green]holds[/]", False: "[red]missed[/]", None: "[yellow]–[/]"}[holds]  # noqa: RUF001
 
 
+def _best_decile(measurement: Measurement, contestant: str) -> float:
+    """What one of ten samples is better than: nearly undisturbed, where a machine is busy."""
+    values = [value for found in measurement.rounds[contestant] for value in found]
+    if len(values) < 2:
+        return sum(values)
+    return statistics.quantiles(values, n=10, method="inclusive")[-1 if measurement.more_is_better else 0]
+
+
 def as_json(outcome: Outcome, about: Mapping[str, Any]) -> dict[str, Any]:
     """Give everything as plain data; values are in seconds, bytes or 1/s."""
     return {
@@ -201,6 +209,7 @@ def as_json(outcome: Outcome, about: Mapping[str, Any]) -> dict[str, Any]:
                     name: [statistics.median(found) for found in rounds if found]
                     for name, rounds in measurement.rounds.items()
                 },
+                "best_deciles": {name: _best_decile(measurement, name) for name in measurement.rounds},
                 "samples": {name: sum(map(len, rounds)) for name, rounds in measurement.rounds.items()},
             }
             for measurement in outcome.measurements

@@ -7,7 +7,9 @@ import importlib.metadata
 import os
 import platform
 import random
+import statistics
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +26,8 @@ from tests.benchmarks.workload import Writer
 
 _PACKAGES = ("langgraph", "langgraph-checkpoint", "langgraph-checkpoint-postgres", "langgraph-checkpoint-plainredis",
              "langgraph-checkpoint-aws", "redis", "hiredis", "psycopg", "valkey")  # fmt: skip
+
+_FEELING = 0.03  # seconds
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class Stage:
         quick: Fewer and smaller rounds, to see that everything works; the figures mean little.
         random: Decides whose turn is next.
         writer: Writes messages.
+        notes: What must be known to read the figures.
     """
 
     def __init__(self, servers: EmbeddedServers, progress: Progress, *, quick: bool, seed: int) -> None:
@@ -57,7 +62,9 @@ class Stage:
         self.quick = quick
         self.random = random.Random(seed)
         self.writer = Writer(seed)
+        self.notes: list[str] = []
         self._progress = progress
+        self._shares: list[float] = []
 
     def pick(self, usual: int, quick: int) -> int:
         """Choose an amount of work."""
@@ -84,6 +91,18 @@ class Stage:
                 client.flushall()
             with psycopg.connect(self.urls.postgres, autocommit=True) as connection:
                 connection.execute("CHECKPOINT")
+
+    def feel(self) -> None:
+        """Find out how much of a core a busy thread gets now, beside whatever else this machine does."""
+        started, worked = time.perf_counter(), time.thread_time()
+        while (took := time.perf_counter() - started) < _FEELING:
+            pass
+        self._shares.append((time.thread_time() - worked) / took)
+
+    @property
+    def share(self) -> float:
+        """The part of a core that a busy thread got, on average; near 1 on a machine that does nothing else."""
+        return statistics.fmean(self._shares) if self._shares else 1.0
 
     @contextlib.contextmanager
     def bar(self, what: str, total: int) -> Iterator[Bar]:
@@ -123,6 +142,7 @@ class Turns:
         with self._stage.bar(self._what, (self._rounds + 1) * len(self._contestants)) as bar:
             for number in range(self._rounds + 1):
                 self._warming = number == 0
+                self._stage.feel()
                 for name in self._stage.random.sample(self._contestants, len(self._contestants)):
                     yield name
                     bar.advance()

@@ -31,11 +31,12 @@ from langgraph_tiered_saver.cold.pool import ColdPool
 from langgraph_tiered_saver.health import InstanceGuard
 from langgraph_tiered_saver.hot import scripts
 from langgraph_tiered_saver.hot.keys import Keyspace
+from langgraph_tiered_saver.hot.lanes import LaneClient
 from langgraph_tiered_saver.runtime import Runtime
 from tests.fault.stack import RedisServer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from langgraph_tiered_saver.operations import Wait
 
@@ -210,9 +211,21 @@ class _RedisLine:
         return cast("dict[str, Any]", self._call(f"INFO {section}", lambda _: known))
 
     def execute_command(self, *arguments: Any) -> Any:
-        names = {script.digest: script.name for script in vars(scripts).values() if isinstance(script, scripts.Script)}
-        what = names.get(arguments[1], str(arguments[0])) if len(arguments) > 1 else str(arguments[0])
-        return self._call(what, lambda client: client.execute_command(*arguments))
+        return self._call(_name_of(arguments), lambda client: client.execute_command(*arguments))
+
+    def exchange(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+        def exchange(client: redis.Redis) -> list[Any]:
+            lane = LaneClient(connection_pool=client.connection_pool)
+            try:
+                return lane.exchange(commands)
+            finally:
+                lane.give_back()
+
+        replies: list[Any] = self._call("+".join(map(_name_of, commands)), exchange)
+        return replies
+
+    def give_back(self) -> None:
+        pass
 
     def __getattr__(self, name: str) -> Any:
         if not callable(getattr(redis.Redis, name, None)):
@@ -226,6 +239,12 @@ class _RedisLine:
 
     def close(self) -> None:
         pass
+
+
+def _name_of(arguments: Sequence[Any]) -> str:
+    """Name a command, or the script that it calls."""
+    names = {script.digest: script.name for script in vars(scripts).values() if isinstance(script, scripts.Script)}
+    return names.get(arguments[1], str(arguments[0])) if len(arguments) > 1 else str(arguments[0])
 
 
 class _Pipeline:
@@ -265,7 +284,11 @@ class _PostgresLine(ColdPool):
         outcome = self._process.stop("postgres")
         if outcome is Outcome.LOST or not self._is_there():
             raise psycopg.OperationalError("connection refused")
-        yield world.postgres
+        self._process.is_in_transaction = True
+        try:
+            yield world.postgres
+        finally:
+            self._process.is_in_transaction = False
         world.writes += 1
         self._process.stop("postgres is answered")
         if outcome in (Outcome.UNANSWERED, Outcome.TWICE):
@@ -315,6 +338,7 @@ class Process:
         tasks: What it is doing.
         is_alive: It was not killed.
         is_stalled: It was stopped, and nothing of it runs.
+        is_in_transaction: It is using the connection to PostgreSQL.
         reaches_redis: Redis is there for it.
         reaches_postgres: PostgreSQL is there for it.
         heard: When it last learned from PostgreSQL how things are, by the world's clock.
@@ -325,6 +349,7 @@ class Process:
         self.world, self.name = world, name
         self.tasks: list[Task] = []
         self.is_alive, self.is_stalled = True, False
+        self.is_in_transaction = False
         self.reaches_redis = self.reaches_postgres = True
         self.heard = world.clock
         config = TieredConfig(**{**world.settings, **settings})
@@ -342,9 +367,12 @@ class Process:
         self.saver._initialise(lambda: self.runtime, config, None)
 
     def stop(self, at: str) -> Outcome:
-        """Let the running task stop before a call."""
+        """Let the running task stop before a call.
+
+        Not before one to Redis that is made within a transaction: there is one connection to PostgreSQL for all.
+        """
         task = Task.current()
-        outcome = Outcome.ARRIVES if task is None else task.stop(at)
+        outcome = Outcome.ARRIVES if task is None or self.is_in_transaction else task.stop(at)
         if task is not None:
             self.world.trace.append(f"{self.name} {task.name}: {at} {outcome.value}")
         return outcome
@@ -571,6 +599,11 @@ class World:
         """Empty Redis."""
         self.redis.flushdb()
 
+    def evict(self) -> None:
+        """Forget what is hot, as an eviction or a time to live does."""
+        if hot := self.redis.keys("*:hot:*"):
+            self.redis.delete(*hot)
+
     def restart(self, snapshot: Snapshot | None = None) -> None:
         """Restart Redis, with what it has or had."""
         self.run_id = f"run-{int(self.run_id[4:]) + 1}"
@@ -627,11 +660,16 @@ def new_world(postgres_url: str) -> Iterator[World]:
     """Make a world on a Redis and a schema of its own, and let the library run in it."""
     with RedisServer(options={"appendonly": "no"}) as server, pytest.MonkeyPatch.context() as patch:
         world = World(server.url, postgres_url)
+        library = logging.getLogger("langgraph_tiered_saver")
+        before = library.level
         try:
+            # Not by setting the attribute: loggers remember which levels are off until they are told.
+            library.setLevel(logging.CRITICAL)
             _install(world, patch)
             world.set_up()
             yield world
         finally:
+            library.setLevel(before)
             world.close()
 
 
@@ -669,7 +707,6 @@ def _install(world: World, patch: pytest.MonkeyPatch) -> None:
     for threaded in (health, flusher):
         patch.setattr(threaded, "threading", _Threads())
     patch.setattr(flusher.logger, "exception", raise_it)
-    patch.setattr(logging.getLogger("langgraph_tiered_saver"), "level", logging.CRITICAL)
     patch.setattr(runtime, "atexit", SimpleNamespace(register=lambda *_: None))
     patch.setattr(drivers, "_wait", wait)
     for name in ("wait", "linger"):

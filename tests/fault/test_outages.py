@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 from langgraph.checkpoint.postgres import PostgresSaver
 from psycopg.rows import dict_row
@@ -33,6 +34,10 @@ from langgraph_tiered_saver import (
     InvalidInputError,
     TieredSaver,
 )
+from langgraph_tiered_saver.cold import direct, generations, pool, writer
+from langgraph_tiered_saver.cold.generations import Generation
+from langgraph_tiered_saver.hot import tier
+from langgraph_tiered_saver.records import CheckpointRecord
 from tests.fault.proxy import Proxy
 from tests.fault.stack import RedisServer, Stack
 from tests.fault.workers import Chain, address
@@ -182,6 +187,21 @@ def misconfigured(server: RedisServer) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def loading(server: RedisServer, *, as_replica: bool = False) -> Iterator[None]:
+    """Let the server load data, after a restart or, on the connections there are, as a replica."""
+    with contextlib.ExitStack() as others:
+        if as_replica:
+            server.load_slowly_from(others.enter_context(RedisServer()))
+        else:
+            server.restart_loading()
+        try:
+            yield
+            assert server.is_loading(), "it did so all the time"
+        finally:
+            server.finish_loading()
+
+
+@contextlib.contextmanager
 def redis_outage(kind: str, stack: Stack, proxy: Proxy) -> Iterator[None]:
     server = stack.redis
     if kind == "refused":
@@ -225,12 +245,26 @@ def redis_outage(kind: str, stack: Stack, proxy: Proxy) -> Iterator[None]:
     elif kind == "MISCONF":
         with misconfigured(server):
             yield
+    elif kind.startswith("LOADING"):
+        with loading(server, as_replica=kind == "LOADING replica"):
+            yield
     else:
         with lost_authentication(server):
             yield
 
 
-OUTAGES = ["refused", "deaf", "stalled", "killed", "OOM", "READONLY", "MISCONF", "authentication"]
+OUTAGES = [
+    "refused",
+    "deaf",
+    "stalled",
+    "killed",
+    "LOADING",
+    "LOADING replica",
+    "OOM",
+    "READONLY",
+    "MISCONF",
+    "authentication",
+]
 
 
 @pytest.mark.parametrize("kind", OUTAGES)
@@ -305,6 +339,54 @@ def test_a_saver_that_starts_while_redis_is_away(stack: Stack, place: Place, pro
     proxy.heal()
     wait_until(lambda: saver.stats().hot_trusted and first.stats().hot_trusted)
     place.assert_whole(chain)
+
+
+def test_a_saver_that_starts_while_redis_loads(stack: Stack, place: Place) -> None:
+    """I9: a Redis that lets connections in and answers LOADING does not keep a new process waiting."""
+    first = place.open()
+    chain = Steps(first, "red")
+    chain.put()
+    first.flush()
+    with loading(stack.redis):
+        saver = place.open()
+        began = time.monotonic()
+        chain.saver = saver
+        assert chain.latest() == chain.ids[-1]
+        chain.put()
+        assert time.monotonic() - began < 3.0
+        assert not saver.stats().hot_trusted
+        assert "BusyLoadingError" in str(saver._source.current().health.problem)
+    wait_until(lambda: saver.stats().hot_trusted and first.stats().hot_trusted, 10, "Redis is trusted")
+    assert chain.latest(first) == chain.ids[-1]
+    place.assert_whole(chain)
+
+
+def test_loading_is_refused_on_connections_that_there_are(stack: Stack, place: Place) -> None:
+    """I7: a server that resynchronises refuses synchronous and asynchronous writes at once, and they say why."""
+    savers = [place.open(fallback=False) for _ in range(2)]
+    chains = [Steps(saver, f"thread {number}") for number, saver in enumerate(savers)]
+
+    async def work() -> list[float]:
+        for chain in chains:
+            await chain.aput()
+            chain.put()
+        refused = [chain.next() for chain in chains]
+        seconds = []
+        with loading(stack.redis, as_replica=True):
+            began = time.monotonic()
+            with pytest.raises(HotTierUnavailableError, match=r"(BusyLoadingError|LOADING).*nothing was acknowledged"):
+                savers[0].put(*refused[0])
+            seconds.append(time.monotonic() - began)
+            began = time.monotonic()
+            with pytest.raises(HotTierUnavailableError, match=r"(BusyLoadingError|LOADING).*nothing was acknowledged"):
+                await savers[1].aput(*refused[1])
+            seconds.append(time.monotonic() - began)
+        return seconds
+
+    assert max(asyncio.run(work())) < TIMEOUT + PROBE
+    wait_until(lambda: all(saver.stats().hot_trusted for saver in savers), 10, "Redis is trusted again")
+    assert [chain.latest() for chain in chains] == [chain.ids[-1] for chain in chains]
+    place.assert_whole(*chains)
 
 
 def test_the_reply_is_lost(stack: Stack, place: Place, proxy: Proxy) -> None:
@@ -666,3 +748,270 @@ def test_a_process_that_stood_still_does_not_answer_from_what_was(stack: Stack, 
             assert other.stdout.readline().split()[0] == chain.ids[-1]
         finally:
             other.kill()
+
+
+WRITING = """
+import sys
+from langgraph_tiered_saver import TieredSaver
+from tests.fault.test_outages import Steps
+redis_url, postgres_url, name = sys.argv[1:]
+settings = {"key_prefix": name, "postgres_schema": name, "poll_interval": 0.2, "redis_timeout": 1.0}
+saver = TieredSaver.from_conn_string(redis_url, postgres_url, **settings)
+chain = Steps(saver, "red")
+for _ in sys.stdin:
+    chain.put()
+    print(chain.ids[-1], flush=True)
+"""
+
+
+ROW_OF_RED = "SELECT 1 FROM tiered_threads WHERE thread_id = 'red' FOR UPDATE"
+
+
+@contextlib.contextmanager
+def holding_up(place: Place, lock: str) -> Iterator[None]:
+    """Keep a flush waiting in the middle of its transaction, from when it has come there on."""
+    with place.stack.postgres.connect(autocommit=False) as connection:
+        connection.execute(f"SET search_path TO {place.name}")
+        connection.execute(lock)
+        yield
+
+
+def wait_until_held_up(place: Place) -> None:
+    waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+    wait_until(lambda: place.rows(waiting), message="the flush waits")
+
+
+@pytest.mark.parametrize("how", ["stopped", "cut off"])
+def test_a_process_that_stood_still_in_a_flush(how: str, stack: Stack, place: Place, proxy: Proxy) -> None:
+    """I6: what it commits after the others have opened a generation without it ends that generation."""
+    saver = place.open(through(stack.redis.url, proxy, stack.redis.port))
+    red = Steps(saver, "red")
+    with Proxy(stack.redis.port) as link, Proxy(stack.postgres.port) as cold_link:
+        urls = (
+            through(stack.redis.url, link, stack.redis.port),
+            through(stack.postgres.url, cold_link, stack.postgres.port),
+        )
+        command = [sys.executable, "-c", WRITING, *urls, place.name]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+            assert other.stdin is not None
+            assert other.stdout is not None
+            try:
+                print(file=other.stdin, flush=True)
+                before = other.stdout.readline().strip()
+                saver.wait_durable(address("red", before))
+                with holding_up(place, ROW_OF_RED):
+                    print(file=other.stdin, flush=True)
+                    wait_until_held_up(place)
+                    if how == "stopped":
+                        other.send_signal(signal.SIGSTOP)
+                    cold_link.deaf()
+                    proxy.refuse()
+                    proxy.cut()
+                    assert red.latest() == before, "it counts as dead, and what it holds does not count"
+                    stack.redis.flushall()
+                    proxy.heal()
+                    wait_until(lambda: saver.stats().hot_trusted)
+                    assert red.latest() == before
+                    hits = saver.stats().hot_hits
+                    assert red.latest() == before
+                    assert saver.stats().hot_hits > hits
+                # It looks at Redis a little later than its flush ends, with nothing left that it had to flush first.
+                link.delay(0.05)
+                cold_link.heal()
+                other.send_signal(signal.SIGCONT)
+                after = other.stdout.readline().strip()
+                assert after != before
+                wait_until(lambda: red.latest() == after, 5, "the others see it")
+            finally:
+                other.kill()
+
+
+def test_opening_a_generation_does_not_wait_for_a_flush(stack: Stack, place: Place) -> None:
+    """I6, I8: one that stands still in its transaction holds nobody up, and hears what has been opened meanwhile."""
+    saver = place.open()
+    chain = Steps(saver, "red")
+    chain.put(), saver.flush()
+    number = place.rows("SELECT number FROM tiered_generation")[0]["number"]
+    row = place.rows("SELECT * FROM checkpoints")[0]
+    record = CheckpointRecord("", row["checkpoint_id"], "", b"{}", b"{}", 0, ())
+    batch = [writer.ThreadRecords("red", 0, [writer.Journaled(1, number, record, b"")])]
+    saver.close()
+    options = {"autocommit": True, "row_factory": dict_row, "options": f"-csearch_path={place.name}"}
+    with (
+        stack.postgres.connect(**options) as flushing,
+        stack.postgres.connect(**options) as opening,
+        ThreadPoolExecutor(1) as thread,
+    ):
+        with holding_up(place, ROW_OF_RED):
+            written = thread.submit(writer.write, flushing, batch, statement_timeout=10.0)
+            wait_until_held_up(place)
+            began = time.monotonic()
+            generations.start(opening, number)
+            opened = generations.open_generation(opening, number + 1, 0.0)
+            assert time.monotonic() - began < 1.0
+            assert opened == Generation(number + 1, opened=True)
+            assert not written.done()
+        assert written.result(10).generation == opened
+
+
+@pytest.fixture
+def stopped_flush(stack: Stack, place: Place) -> Iterator[None]:
+    """A process that is stopped in the middle of a flush of the thread `red`, and whose step does not count."""
+    command = [sys.executable, "-c", WRITING, stack.redis.url, stack.postgres.url, place.name]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdin is not None
+        try:
+            with holding_up(place, ROW_OF_RED):
+                print(file=other.stdin, flush=True)
+                wait_until_held_up(place)
+                other.send_signal(signal.SIGSTOP)
+            yield
+        finally:
+            other.kill()
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "MOST_IDLE", 1.0)
+
+
+def test_a_thread_is_not_held_up_by_a_stopped_flush(
+    stack: Stack, place: Place, proxy: Proxy, request: pytest.FixtureRequest
+) -> None:
+    """I8: PostgreSQL ends the transaction of a process that stands still, so that the others can write its threads."""
+    saver = place.open(through(stack.redis.url, proxy, stack.redis.port))
+    chain = Steps(saver, "red")
+    chain.put(), saver.flush()
+    request.getfixturevalue("stopped_flush")
+    proxy.refuse()
+    proxy.cut()
+    began = time.monotonic()
+    chain.put()
+    assert time.monotonic() - began < pool.MOST_IDLE + 3.0
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_opening_that_stands_still_ends(stack: Stack, place: Place, proxy: Proxy) -> None:
+    """I8: a process that is stopped while it opens a generation does not keep the others from writing past Redis."""
+    saver = place.open(through(stack.redis.url, proxy, stack.redis.port), postgres_statement_timeout=5.0)
+    chain = Steps(saver, "red")
+    chain.put(), saver.flush()
+    number = place.rows("SELECT number FROM tiered_generation")[0]["number"]
+    proxy.refuse()
+    proxy.cut()
+    chain.put()
+    stopped, resumed = threading.Event(), threading.Event()
+
+    def stand_still() -> None:
+        stopped.set()
+        assert resumed.wait(20)
+
+    def work() -> None:
+        options = {"autocommit": True, "row_factory": dict_row, "options": f"-csearch_path={place.name}"}
+        with stack.postgres.connect(**options) as connection:
+            generations.open_generation(connection, number + 1, 0.0, stand_still)
+
+    with ThreadPoolExecutor(1) as thread:
+        opening = thread.submit(work)
+        try:
+            assert stopped.wait(10)
+            began = time.monotonic()
+            chain.put()
+            assert 0.5 < time.monotonic() - began < 4.0
+        finally:
+            resumed.set()
+        with pytest.raises(psycopg.Error):
+            opening.result(10)
+    proxy.heal()
+    wait_until(lambda: saver.stats().hot_trusted, 10)
+    place.assert_whole(chain)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_write_past_redis_that_stood_still_is_repeated(
+    stack: Stack, place: Place, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """I7: a process that was stopped in a transaction, which PostgreSQL ended, goes on when it runs again."""
+    saver = place.open(through(stack.redis.url, proxy, stack.redis.port))
+    chain = Steps(saver, "red")
+    chain.put()
+    proxy.refuse()
+    proxy.cut()
+    chain.put()
+    check, checks = direct.check, []
+
+    def stand_still(connection: Any, number: int) -> None:
+        check(connection, number)
+        checks.append(number)
+        if len(checks) == 1:
+            time.sleep(1.5 * pool.MOST_IDLE)
+
+    monkeypatch.setattr(direct, "check", stand_still)
+    saver.put(*(arguments := chain.next()))
+    chain.ids.append(arguments[1]["id"])
+    assert len(checks) == 2
+    proxy.heal()
+    place.assert_whole(chain)
+
+
+# --- the end of an outage --------------------------------------------------------------------------------------------
+
+HELD = "SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND mode = 'ExclusiveLock' AND granted"
+
+
+def test_a_process_that_stands_still_while_it_opens_a_generation(stack: Stack, place: Place) -> None:
+    """I8: it keeps the others waiting for a moment only, and does not open it afterwards."""
+    place.open().setup()
+    place.savers[0].close()
+    number = place.rows("SELECT number FROM tiered_generation")[0]["number"]
+    options = {"autocommit": True, "row_factory": dict_row, "options": f"-csearch_path={place.name}"}
+    going_on = threading.Event()
+    entered = threading.Event()
+
+    def stand_still() -> None:
+        entered.set()
+        going_on.wait(10)
+
+    with (
+        stack.postgres.connect(**options) as stopped,
+        stack.postgres.connect(**options) as other,
+        ThreadPoolExecutor(1) as thread,
+    ):
+        generations.start(other, number)
+        opening = thread.submit(generations.open_generation, stopped, number + 1, 0.0, stand_still, patience=0.3)
+        assert entered.wait(10)
+        began = time.monotonic()
+        current = generations.open_generation(other, number + 1, 0.0)
+        assert time.monotonic() - began < 2.0
+        assert current == Generation(number + 1, opened=True)
+        generations.start(other, number + 1)
+        going_on.set()
+        with pytest.raises(psycopg.errors.IdleInTransactionSessionTimeout):
+            opening.result(10)
+        assert generations.read(other) == Generation(number + 2, opened=False)
+
+
+def test_a_saver_that_is_closed_while_it_opens_a_generation(
+    place: Place, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """I8: it does not end in the middle of it, with everybody else waiting for what it holds."""
+    saver = place.open(through(place.stack.redis.url, proxy, place.stack.redis.port))
+    chain = Steps(saver, "red")
+    chain.put(), saver.flush()
+    proxy.refuse()
+    proxy.cut()
+    chain.put()
+    entered = threading.Event()
+    enter = tier.enter
+
+    def slowly(*arguments: Any) -> None:
+        entered.set()
+        time.sleep(0.3)
+        enter(*arguments)
+
+    monkeypatch.setattr(tier, "enter", slowly)
+    proxy.heal()
+    assert entered.wait(10)
+    assert place.rows(HELD)
+    saver.close()
+    assert not place.rows(HELD)

@@ -75,6 +75,35 @@ def test_redis_refuses_writes_and_stalls(stack: Stack) -> None:
         assert client.dbsize() == 0
 
 
+def test_redis_loads_for_as_long_as_it_is_told_to(stack: Stack) -> None:
+    """Loading after a restart, or as a replica on connections that stay, it answers LOADING; then it has its data."""
+    server = stack.redis
+    once = Retry(NoBackoff(), 0)
+    with server.client(retry=once) as client, RedisServer() as master, master.client() as at_master:
+        client.set("key", "value")
+        before = server.run_id()
+        server.restart_loading()
+        with pytest.raises(redis.BusyLoadingError):
+            client.get("key")
+        assert server.is_loading()
+        assert server.run_id() != before, "what tells of the server itself is answered"
+        server.finish_loading()
+        assert client.get("key") == b"value"
+        assert client.dbsize() == 1
+
+        at_master.set("key", "other")
+        connection, before = client.client_id(), server.run_id()
+        server.load_slowly_from(master)
+        assert client.client_id() == connection
+        with pytest.raises(redis.BusyLoadingError):
+            client.get("key")
+        assert server.run_id() == before
+        server.finish_loading()
+        assert client.get("key") == b"other"
+        assert client.dbsize() == 1
+        server.flushall()
+
+
 def test_a_lagging_replica_is_promoted(stack: Stack) -> None:
     """A replica that heard nothing of its master's last writes becomes a master without them."""
     with RedisServer() as master, RedisServer() as replica, Proxy(master.port) as link, master.client() as client:

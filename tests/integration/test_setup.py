@@ -32,6 +32,7 @@ from langgraph_tiered_saver.hot.keys import meta_key
 from tests.fault.workers import ROOT, Chain, address, assert_durable, count_checkpoints, values_of
 
 OURS = {
+    "tiered_deltas",
     "tiered_generation",
     "tiered_members",
     "tiered_migrations",
@@ -95,7 +96,7 @@ def test_an_empty_database(make_saver: Callable[..., TieredSaver], postgres_url:
     assert all(valid for columns in tables.values() for kind, _, valid in columns if kind == "index")
     assert ("tiered_seq", "bigint", "YES") in tables["checkpoints"]
     assert ("tiered_seq", "bigint", "YES") in tables["checkpoint_writes"]
-    assert recorded(postgres_url) == {"shards": "7"}
+    assert recorded(postgres_url) == {"shards": "7", "storage": "standard"}
     with PostgresSaver.from_conn_string(postgres_url) as cold:
         cold.setup()
     assert look(postgres_url) == tables

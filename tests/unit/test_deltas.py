@@ -76,6 +76,28 @@ def test_a_longer_array_costs_its_tail(before: int, after: int) -> None:
         assert len(delta) <= HEADER.size + 5 + sum(len(ormsgpack.packb(word)) for word in words[before:])
 
 
+def test_a_long_chain_of_appended_elements_is_folded_as_it_is_applied() -> None:
+    """Folding takes a short cut for deltas that append, and none where one edits, drops or shrinks in between."""
+    words = [f"message number {i} of a conversation" for i in range(40)]
+    base = value = ormsgpack.packb(words)
+    chain = []
+    for i in range(300):
+        if i % 50 == 20:
+            words[-1] = "edited"
+        elif i % 50 == 40:
+            words = words[3:]
+        else:
+            words.append(f"and one more, the {i}th")
+        new = ormsgpack.packb(words)
+        delta = diff(value, new)
+        assert delta is not None
+        chain.append(delta)
+        value = new
+        assert fold(base, chain) == value
+    with pytest.raises(BrokenDeltaError):
+        fold(base, chain[1:])
+
+
 @pytest.mark.parametrize("size", [100, 5_000, 70_000, 300_000])
 def test_an_edit_anywhere_costs_little(size: int) -> None:
     """A change at the start, in the middle or at the end of a long value is small; so are dropped first elements."""

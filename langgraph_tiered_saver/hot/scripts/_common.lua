@@ -58,6 +58,11 @@ local function renew(hot, generation, known)
   end
 end
 
+-- Gives the thread that a journal's key names; neither a prefix nor a shard has a colon.
+local function thread_of(journal)
+  return string.sub(journal, string.find(journal, ':journal:', 1, true) + 9)
+end
+
 -- An argument that may be absent.
 local function given(argument)
   if argument ~= '' then return argument end
@@ -67,6 +72,7 @@ end
 -- because it is put off with each; where Redis may evict what has a TTL, it has none. Doing it ten times in a lifetime is
 -- enough; `renewed` says when it was done.
 local function keep_alive(hot, namespaces, ttl, namespaces_ttl, sequence, renewed)
+  if namespaces_ttl == '=' then namespaces_ttl = ttl end
   if renewed and (ttl == '0' or tonumber(sequence) - tonumber(renewed) <= tonumber(ttl) * 100) then return end
   redis.call('HSET', hot, 'e', sequence)
   -- A lease may have left a short expiry behind.

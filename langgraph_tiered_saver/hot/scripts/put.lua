@@ -1,17 +1,19 @@
 -- Acknowledge a checkpoint: append its record to the journal and, if it is the latest, make it the hot one.
 -- KEYS: hot hash, journal, shard, dirty, namespaces, seen
--- ARGV: thread, record, unchanged channels {channel, version, ...} (framed; '' = the record is complete),
---       changed channels without a value (framed), ttl in ms ('0' = none), ttl of the namespaces,
+-- ARGV: record, unchanged channels {channel, version, ...} (framed; '' = the record is complete),
+--       changed channels without a value (framed),
 --       delta channels {'1' = some have no value here, '1' = the checkpoint has no channels at all, channel, ...: see
---       `advance_history`} (framed; '' = the graph has none), '1' = the checkpoint's format is older than 4,
---       bit of the thread and namespace in `seen`, writer, run lease ('' = none)
+--       `advance_history`} (framed; '' = the graph has none),
+--       'ttl in ms (0 = none), ttl of the namespaces ("=" = the same), 1 = the checkpoint's format is older than 4,
+--       bit of the thread and namespace in `seen`, writer, run lease (nothing = none)', one after the other
 -- Returns {sequence number, the previous record's}, or {} when the record must carry every channel.
 local MOST_DELTAS, LEAST_DELTA_BYTES = 16, 16384
 
 local hot = KEYS[1]
-local record = unframe(ARGV[2])
+local record, thread = unframe(ARGV[1]), thread_of(KEYS[2])
 local generation, id, parent = record[2], record[4], record[5]
-local state, refusal = enter(KEYS[3], ARGV[1], generation, given(ARGV[11]))
+local ttl, namespaces_ttl, is_old, bit, writer, lease = string.match(ARGV[5], '^(%S+) (%S+) (%S+) (%S+) (%S+) (%S*)$')
+local state, refusal = enter(KEYS[3], thread, generation, given(lease))
 if refusal then return refusal end
 local known = redis.call('HMGET', hot, 'g', 'id', 'u', 'wn', 'p', 'l', 'e', 'x', 'q')
 if known[1] ~= generation then
@@ -28,23 +30,23 @@ for i = 9, #record, 4 do
   names[#names + 1] = 'v:' .. record[i]
   names[#names + 1] = 'd:' .. record[i]
 end
-local removed = unframe(ARGV[4])
+local removed = unframe(ARGV[3])
 for i = 1, #removed do
   names[#names + 1] = 'v:' .. removed[i]
   names[#names + 1] = 'd:' .. removed[i]
 end
 local held = current and hmget(hot, names) or {}
 
-if ARGV[3] ~= '' or has_delta then
+if ARGV[2] ~= '' or has_delta then
   -- PostgreSQL is sure to have, or to get first, only what the hot parent was built from; and while that is unflushed,
   -- this writer's memory must hold all of it (x, since a complete checkpoint of its own), so that any one process or
   -- Redis can be lost. q: the last record that the hot checkpoint was built from.
   if not current or current ~= parent then return {} end
-  if known[8] and known[8] ~= ARGV[10] then
+  if known[8] and known[8] ~= writer then
     local first = state.tail and redis.call('XRANGE', KEYS[2], '-', '+', 'COUNT', 1)[1]
     if first and tonumber(string.match(first[1], '%d+')) <= tonumber(known[9]) then return {} end
   end
-  local unchanged, carried = unframe(ARGV[3]), {}
+  local unchanged, carried = unframe(ARGV[2]), {}
   for i = 1, #unchanged, 2 do carried[#carried + 1] = 'v:' .. unchanged[i] end
   local versions = hmget(hot, carried)
   for i = 1, #carried do
@@ -105,7 +107,7 @@ local function has_sends(key, hot_id, checkpoint_id)
   return false
 end
 
-local reply = append(KEYS[2], KEYS[3], KEYS[4], ARGV[1], ARGV[2], state)
+local reply = append(KEYS[2], KEYS[3], KEYS[4], thread, ARGV[1], state)
 local fields, stale = {}, {}
 local branch = current and current ~= parent
 if known[6] then stale[1] = 'l' end
@@ -114,7 +116,7 @@ if current and id < current then
   histories().forget(hot)
   return reply
 end
-local delta = ARGV[7] ~= '' and unframe(ARGV[7])
+local delta = ARGV[4] ~= '' and unframe(ARGV[4])
 local forks_delta = branch and delta and delta[1] == '1'
 
 -- 'u': up to this checkpoint the hot state may be incomplete, or not the latest, and the cold tier must be asked. It
@@ -125,13 +127,13 @@ local forks_delta = branch and delta and delta[1] == '1'
 -- * Another branch was hot: a delta channel's last snapshot, which its descendants name without carrying it, is missing.
 -- * Before format 4, a checkpoint's pending sends are writes of its parent, which the library's reader merges.
 if not current then
-  local mark = early_mark(ARGV[1], record[3])
+  local mark = early_mark(thread, record[3])
   local early = redis.call('HGET', KEYS[3], mark)
-  local seen = redis.call('SETBIT', KEYS[6], ARGV[9], 1)
+  local seen = redis.call('SETBIT', KEYS[6], bit, 1)
   if not early and (parent ~= '' or seen == 1 or state.seen ~= generation) then early = id end
   if early and early <= id then redis.call('HDEL', KEYS[3], mark) end
   if early and (not uncertain or uncertain < early) then uncertain = early end
-elseif not uncertain and (forks_delta or (ARGV[8] == '1' and has_sends(hot, current, parent))) then
+elseif not uncertain and (forks_delta or (is_old == '1' and has_sends(hot, current, parent))) then
   uncertain = id
 end
 if uncertain then fields = {'u', uncertain > id and uncertain or id} end
@@ -212,10 +214,10 @@ for i = 9, #record, 4 do
   end
 end
 in_chunks('HDEL', hot, stale)
-local head = {'g', generation, 'id', id, 'p', parent, 'c', record[6], 'm', record[7], 'k', record[8], 'x', ARGV[10],
+local head = {'g', generation, 'id', id, 'p', parent, 'c', record[6], 'm', record[7], 'k', record[8], 'x', writer,
               'q', reply[1]}
 for i = 1, #head do fields[count + i] = head[i] end
 in_chunks('HSET', hot, fields)
 if not current then redis.call('SADD', KEYS[5], record[3]) end
-keep_alive(hot, KEYS[5], ARGV[5], ARGV[6], reply[1], current and known[7])
+keep_alive(hot, KEYS[5], ttl, namespaces_ttl, reply[1], current and known[7])
 return reply

@@ -33,7 +33,7 @@ SELECT * FROM (
         JOIN checkpoint_blobs AS b
             ON (b.thread_id, b.checkpoint_ns, b.channel, b.version) = (c.thread_id, c.checkpoint_ns, v.key, v.value)
     ) AS there
-    FROM checkpoints AS c WHERE thread_id = %s AND tiered_blobs IS NOT NULL
+    FROM public.checkpoints AS c WHERE thread_id = %s AND tiered_blobs IS NOT NULL
 ) AS counted WHERE there < wanted"""
 
 
@@ -92,9 +92,11 @@ class Auditor:
 
 def audit(redis_url: str, postgres_url: str, settings: dict[str, Any], operations: Path, output: Path) -> None:
     """Look at every thread that the log knows."""
+    # Through the views, which show values whole however they are stored.
+    views_url = f"{postgres_url}?options=-csearch_path%3Dpublic_whole,public"
     with (
-        psycopg.connect(postgres_url, autocommit=True) as connection,
-        PostgresSaver.from_conn_string(postgres_url) as cold,
+        psycopg.connect(views_url, autocommit=True) as connection,
+        PostgresSaver.from_conn_string(views_url) as cold,
         TieredSaver.from_conn_string(redis_url, postgres_url, **settings) as tiered,
         output.open("w") as lines,
     ):

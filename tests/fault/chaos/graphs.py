@@ -44,7 +44,8 @@ class Approval(TypedDict, total=False):
 def message(state: State, role: str) -> dict[str, Any]:
     """Give the update that adds the next message: its number is its place in the list."""
     number = len(state.get("messages", []))
-    text = f"{role} {number} " + "x" * (number * 37 % 400)
+    # About 1 KB, so that the list is soon long enough to be stored as what each step adds.
+    text = f"{role} {number} " + " ".join(str(number * each) for each in range(number * 37 % 400))
     return {"messages": [{"number": number, "role": role, "text": text}], "counter": 1}
 
 

@@ -41,6 +41,8 @@ SETTINGS: dict[str, Any] = {
 }
 # Some workers hold much that PostgreSQL does not have, others little.
 _LINGERS = (0.3, 0.005, 0.1)
+# A fleet in which some store values whole and others as deltas, and some use bytes again.
+_STORAGES = ("compact", "standard", "compact", "standard", "standard")
 _CONNECTIONS = 60
 _END_SECONDS = 60.0
 FOLDERS = ("operations", "slots", "status", "problems", "workers")
@@ -97,7 +99,12 @@ class WorkerProcess:
             directory=str(self._system.directory),
             redis_url=f"redis://127.0.0.1:{self.redis.port}/0",
             postgres_url=f"postgresql://postgres@127.0.0.1:{self.postgres.port}/postgres",
-            settings={**SETTINGS, "flush_linger": _LINGERS[self.number % len(_LINGERS)]},
+            settings={
+                **SETTINGS,
+                "flush_linger": _LINGERS[self.number % len(_LINGERS)],
+                "storage": _STORAGES[self.number % len(_STORAGES)],
+                "reuse_memory_bytes": 2**20 * (self.number % 2),
+            },
             seed=f"{load.seed}/{self.name}",
             slots=load.slots,
             drivers=load.drivers,
