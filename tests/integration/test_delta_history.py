@@ -407,7 +407,8 @@ def test_any_use_of_a_graph_leaves_the_state_that_postgres_saver_gives(world: Wo
 
 @pytest.fixture
 def saver(make_saver: Callable[..., TieredSaver]) -> TieredSaver:
-    saver = make_saver(flush_linger=NEVER, durable_channels="", shard_count=SHARDS)
+    # Patient about its own pauses: whoever doubts Redis for a moment is not answered by it.
+    saver = make_saver(flush_linger=NEVER, durable_channels="", shard_count=SHARDS, poll_interval=5.0)
     saver.setup()
     return saver
 

@@ -7,7 +7,7 @@
 -- kind 'H': the history is known. The seed is the value of the nearest ancestor that stores one (none: no ancestor
 --   does). The writes on that ancestor and on those after it are in the fields h:<channel>\0<1, 2, ...>, a group for
 --   each ancestor that has any, oldest first: {task \0 index, path \0 channel \0 value, ...}  (both framed)
--- kind '': not known, so that the cold tier must be asked until the channel's next value.
+-- kind '': not known, so that the cold tier must be asked; until that is done, or until the channel's next value.
 -- numbers: how many such fields, the bytes in the last one and in all, the writes.
 --
 -- The functions are made where they are needed: scripts of other graphs must not pay for them.
