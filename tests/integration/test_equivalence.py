@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from langgraph.checkpoint.base import BaseCheckpointSaver
 
     from langgraph_tiered_saver import TieredSaver
+from langgraph_tiered_saver.conversion import convert
 
 NULL_TASK = "00000000-0000-0000-0000-000000000000"
 NEVER = 600.0  # seconds of linger: nothing is flushed before somebody waits for it
@@ -738,17 +739,20 @@ def test_threads_of_ours_continue_under_postgres_saver(
     key_prefix: str,
     saver_settings: dict[str, Any],
 ) -> None:
-    """I2, I6: a thread that we began goes on under PostgresSaver, and under us again once it is not hot."""
-    if saver_settings["storage"] == "compact":
-        pytest.skip(
-            "PostgresSaver reads the views of compact storage, and writes to the tables of standard storage only"
-        )
+    """I2, I6: a thread that we began goes on under PostgresSaver, and under us again once it is not hot.
+
+    From compact storage it is converted first: PostgresSaver writes to the tables of standard storage only.
+    """
     first, second = script.split(0.5)
     perform(reference, script)
     saver = make_saver()
     perform(saver, first)
     saver.flush()
-    with postgres_saver(postgres_url) as plain:
+    if saver_settings["storage"] == "compact":
+        saver.close()
+        saver = make_saver(storage="standard")
+        convert(saver, "standard")
+    with PostgresSaver.from_conn_string(postgres_url) as plain:
         perform(plain, second)
     evict_hot(redis_url, key_prefix)
     probes = get_probes(script) + list_probes(script) + delta_probes(script)
