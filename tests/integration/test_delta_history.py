@@ -278,9 +278,13 @@ class DeltaThreads(RuleBasedStateMachine):
             assert exact(history) == exact(run.history(plain, channels, latest))
 
     def teardown(self) -> None:
+        step = (dict.fromkeys(CHANNELS, "written"), [(0, list(CHANNELS))], False)
         try:
             for place in range(3):
                 self.compare(0, place, named=False, asynchronous=False)
+                if self.runs[place].known:
+                    self.go_on(1, place, [step, step], read="first")
+                    self.compare(1, place, named=True, asynchronous=False)
             for run in self.runs:
                 self.open[0].delete_thread(run.at[0])
         except BaseException:
