@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 import uuid
 from collections import Counter
 from datetime import datetime, timezone
@@ -815,24 +814,3 @@ def test_a_resume_costs_two_round_trips(
 
     # The first two are sent at once.
     assert seen == ["HGETALL", "HGET", "EVALSHA"]
-
-
-def test_history_costs_no_more_with_every_step(saver: TieredSaver) -> None:
-    """A put costs about the same with a history of 1,000 writes as with one of 10."""
-    run = Run()
-    run.put(saver, dict.fromkeys(CHANNELS, "snapshot"))
-
-    def measure(count: int) -> float:
-        taken = []
-        for task in range(count):
-            run.write(saver, task=task)
-            began = time.perf_counter()
-            run.put(saver, {"a": "written", "ü b": "kept"})
-            taken.append(time.perf_counter() - began)
-        return sorted(taken)[count // 10]
-
-    measure(10)
-    early = measure(100)
-    measure(800)
-
-    assert measure(100) < 3 * early
