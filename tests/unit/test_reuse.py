@@ -290,7 +290,9 @@ ALIKE: list[tuple[Any, Any]] = [
 
 @pytest.mark.parametrize("field", ["content", "artifact", "additional_kwargs", "name", "unknown"])
 @pytest.mark.parametrize("nested", [lambda x: x, lambda x: [x], lambda x: {"k": [x]}], ids=["bare", "list", "deep"])
-@pytest.mark.parametrize("pair", ALIKE, ids=repr)
+@pytest.mark.parametrize(
+    "pair", ALIKE, ids=[f"{number}-{type(a).__name__}-{type(b).__name__}" for number, (a, b) in enumerate(ALIKE)]
+)
 def test_pairs_that_a_check_could_confuse(pair: tuple[Any, Any], nested: Callable[[Any], Any], field: str) -> None:
     """Two values that compare equal or are packed alike never stand for each other."""
     for first, second in (pair, pair[::-1]):
