@@ -242,6 +242,8 @@ def test_demo_that_is_interrupted_leaves_nothing(number: signal.Signals, directo
     process = subprocess.Popen(
         [COMMAND, "demo"], env=environment(TMPDIR=str(directory)), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True,
+        # A shell that runs the tests in the background lets them, and what they start, ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     assert process.stdout is not None
     while "agent 1" not in (line := process.stdout.readline()):
