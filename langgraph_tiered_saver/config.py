@@ -66,7 +66,8 @@ class TieredConfig:
     """Accept a Redis with an `allkeys-*` eviction policy, which may evict records that are not flushed yet."""
 
     flush_linger: float = 0.005
-    """Seconds the flusher waits for more records before it writes a batch. Not paid by anybody who waits."""
+    """Seconds the flusher waits for more records before it writes a batch. Under load it waits four times what the last
+    one took, up to 0.1 s. Not paid by anybody who waits."""
 
     flush_max_records: int = 1000
     """Most records in one transaction."""
